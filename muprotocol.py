@@ -1,0 +1,737 @@
+"""What both sides of a muenclave session share: frames, strict JSON, keys, records, the sealed
+container, token ids and the meter. Pure: no socket, no file and no clock is opened here.
+
+The asset is the model's weights and with them the 32-byte weights key. This module is in the
+trusted base of both sides: it parses what an attacker sends, before and after the handshake.
+
+    step            direction   payload of the frame
+    0 challenge     H -> E      CHALLENGE as JSON, in clear
+    1 measurement   E -> H      MEASUREMENT as JSON, then the proof (raw evidence), in clear
+    2 token         H -> E      record: UNLOCK (role owner) or ACCESS (role user)
+    3 ready         E -> H      records: PROGRESS while weights load, then READY or ERROR
+    4 request       H -> E      record: GENERATE, or CANCEL while an answer runs; owner: OWNER
+    5 response      E -> H      records of packed ids, then FINAL or ERROR
+
+A frame is a 4-byte big-endian length and that many bytes. A record is a frame whose payload is
+AES-256-GCM under a key for each direction, its nonce a counter, its additional data the length.
+"""
+
+import codecs
+import hashlib
+import hmac
+import json
+import math
+import re
+import secrets
+
+VERSION = 1
+HANDSHAKE_FRAME = 4 << 10  # both ways until the token is accepted
+REQUEST_FRAME = 1 << 20  # from the host afterwards
+RESPONSE_FRAME = 64 << 10  # from the enclave afterwards
+MESSAGE_LIMIT = 8 << 20  # of a message that spans several records
+CELL = 512  # bytes on the wire of every record from the enclave
+FRAME_HEADER = 4
+RECORD_HEADER = 5  # type octet, 4-byte length of what is left of the message
+TAG = 16
+CELL_ROOM = CELL - FRAME_HEADER - RECORD_HEADER - TAG
+JSON_RECORD = 0
+IDS_RECORD = 1
+JSON_DEPTH = 16
+EVIDENCE_KINDS = ("psk", "tpm2", "tsm")
+DEFAULT_RATE = 5120  # bytes a second
+DEFAULT_BURST = 32 << 10  # bytes
+
+# Everything an enclave or a verifier may answer a peer's mistake with. The text is constant for
+# each code, so that an error carries nothing but its code.
+ERRORS = {
+    "bad_frame": "a frame was longer than this step allows, or ended early",
+    "bad_json": "a message was not strict UTF-8 JSON of one object",
+    "bad_message": "a message had missing, unknown or ill-typed fields for this step",
+    "bad_record": "a record failed authentication or was malformed",
+    "bad_share": "the peer's key share was out of range",
+    "timeout": "the peer took too long",
+    "connection_lost": "the connection ended before the step was complete",
+    "version_unsupported": "the peer speaks another version of the protocol",
+    "evidence_refused": "the evidence does not match the reference values",
+    "evidence_unavailable": "this kind of evidence is not available",
+    "locked": "the enclave is locked: the owner has to unlock it",
+    "token_refused": "the token was refused",
+    "wrong_key": "the weights key does not belong to this model",
+    "wrong_model": "the enclave holds another model than the token names",
+    "lease_refused": "the lease was seen before, is out of order, or is exhausted",
+    "lease_ended": "the lease has ended",
+    "container_corrupt": "the sealed weights failed authentication",
+    "model_invalid": "the sealed model can't be loaded",
+    "no_engine": "the inference engine is not installed in this enclave",
+    "out_of_memory": "the model does not fit in memory",
+    "engine_lost": "the engine died; it is being started again",
+    "prompt_invalid": "the prompt or its messages can't be rendered",
+    "prompt_too_long": "the prompt does not fit into the model's context",
+    "too_many_tokens": "prompt and max_new_tokens do not fit into the model's context",
+    "policy_refused": "the lease's sampling policy does not allow this request",
+    "busy": "the enclave has no room for another request or session now",
+    "draining": "the enclave is shutting down",
+}
+
+
+class ProtocolError(Exception):
+    """A peer, a file or a request broke a rule. `code` is a key of ERRORS.
+
+    `detail` is for the local reader only and never crosses the wire; `limit` may.
+    """
+
+    def __init__(self, code, detail="", limit=None):
+        self.code = code
+        self.detail = detail
+        self.limit = limit
+        super().__init__(f"{ERRORS[code]} ({detail})" if detail else ERRORS[code])
+
+
+# ---------------------------------------------------------------- strict JSON
+
+
+def encode_json(value):
+    """Canonical JSON: sorted keys, no white space, ASCII. bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def parse_json(data):
+    """Parse bytes that must be one JSON object in UTF-8, without any of JSON's loose ends.
+
+    Refuses duplicate keys, NaN, Infinity and overflowing numbers, lone surrogates, a byte order
+    mark and nesting deeper than JSON_DEPTH. Raises ProtocolError("bad_json").
+    """
+    try:
+        text = bytes(data).decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_float=_finite_float,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("bad_json", str(error)[:80]) from None
+    if not isinstance(value, dict):
+        raise ProtocolError("bad_json", "not an object")
+    _check_tree(value, 1)
+    return value
+
+
+def _unique_keys(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def _finite_float(text):
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("number out of range")
+    return number
+
+
+def _no_constant(text):
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_tree(value, depth):
+    if isinstance(value, str):
+        if not _is_unicode(value):
+            raise ProtocolError("bad_json", "lone surrogate")
+    elif isinstance(value, dict | list):
+        if depth > JSON_DEPTH:
+            raise ProtocolError("bad_json", "nested too deeply")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_tree(item, depth + 1)
+        for key in value if isinstance(value, dict) else ():
+            _check_tree(key, depth + 1)
+
+
+def _is_unicode(text):
+    return not re.search("[\ud800-\udfff]", text)
+
+
+# ---------------------------------------------------------------- schemas
+# A schema maps a field's name to a predicate; a name that ends in "?" is optional.
+
+
+def is_integer(low, high):
+    """A predicate: an int (not a bool) within [low, high]."""
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+
+
+def is_number(low, high):
+    """A predicate: an int or float (not a bool) within [low, high]."""
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and low <= v <= high
+
+
+def is_text(low, high):
+    """A predicate: a str of low to high characters."""
+    return lambda v: isinstance(v, str) and low <= len(v) <= high
+
+
+def is_hex(size):
+    """A predicate: exactly `size` bytes in lower-case hexadecimal."""
+    pattern = re.compile(rf"[0-9a-f]{{{2 * size}}}")
+    return lambda v: isinstance(v, str) and pattern.fullmatch(v) is not None
+
+
+def is_one_of(*choices):
+    """A predicate: one of these values, of the same type."""
+    return lambda v: any(type(v) is type(c) and v == c for c in choices)
+
+
+def is_list(item, low, high):
+    """A predicate: a list of low to high elements, each of which satisfies `item`."""
+    return lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(item, v))
+
+
+def is_object(schema):
+    """A predicate: an object that satisfies the schema."""
+    return lambda v: isinstance(v, dict) and not _violations(v, schema)
+
+
+def is_name(v):
+    """True for a plain file or asset name: no path parts, no leading dot, at most 128 characters."""
+    return isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", v) is not None
+
+
+def _violations(value, schema):
+    fields = {name.rstrip("?"): check for name, check in schema.items()}
+    needed = {name for name in schema if not name.endswith("?")}
+    wrong = [name for name, v in value.items() if name not in fields or not fields[name](v)]
+    return sorted(wrong) + sorted(needed - value.keys())
+
+
+def parse_message(data, *schemas):
+    """Parse JSON that must satisfy one of the schemas; return the object.
+
+    Raises ProtocolError: bad_json, bad_message (the detail names the offending fields).
+    """
+    value = parse_json(data)
+    for schema in schemas:
+        if not _violations(value, schema):
+            return value
+    best = min((_violations(value, schema) for schema in schemas), key=len)
+    raise ProtocolError("bad_message", "fields: " + ", ".join(name[:40] for name in best[:8]))
+
+
+COUNT = is_integer(0, 1 << 53)
+POLICY = {"verified": is_one_of(True, False), "latency_ms": is_integer(0, 10_000)}
+LEASE = {
+    "id": is_hex(16),
+    "sequence": is_integer(1, 1 << 53),
+    "rate": is_integer(64, 1 << 40),  # bytes a second
+    "burst": is_integer(16 << 10, 1 << 40),  # bytes
+    "budget": is_integer(1, 1 << 50),  # bytes an engine may choose
+    "expiry": is_integer(1, 10 * 366 * 86400),  # seconds from acceptance
+    "users": is_list(is_hex(32), 0, 32),  # SHA-256 of access tokens
+    "policy": is_object(POLICY),
+}
+CHALLENGE = {
+    "version": is_integer(0, 1 << 31),
+    "role": is_one_of("owner", "user"),
+    "nonce": is_hex(32),
+    "share": is_hex(384),
+    "evidence": is_one_of(*EVIDENCE_KINDS),
+}
+POSTURE = {"confinement": is_one_of("full", "seccomp", "none"), "debug": is_one_of(True, False)}
+MEASUREMENT = {
+    "measurement": is_hex(32),
+    "nonce": is_hex(32),
+    "share": is_hex(384),
+    "model": is_hex(32),
+    "status": is_one_of("locked", "loading", "ready"),
+    "posture": is_object(POSTURE),
+}
+UNLOCK = {"key": is_hex(32), "model": is_hex(32), "lease?": is_object(LEASE)}
+ACCESS = {"token": is_text(16, 256)}
+PROGRESS = {"status": is_one_of("loading"), "progress": is_integer(0, 10)}
+READY = {
+    "status": is_one_of("locked", "ready"),
+    "lease": lambda v: v == "" or is_hex(16)(v),
+    "sequence": COUNT,
+    "budget_left": COUNT,
+    "restarts": COUNT,
+    "model": is_hex(32),
+    "asset": is_name,
+    "vocabulary": is_hex(32),  # SHA-256 of the id -> bytes table
+    "context": COUNT,  # tokens
+}
+ERROR = {"error": is_one_of(*ERRORS), "limit?": COUNT}
+CHAT = {"role": is_one_of("system", "user", "assistant"), "content": is_text(0, 1 << 20)}
+SAMPLING = {
+    "temperature?": is_number(0, 10),
+    "top_p?": is_number(1e-6, 1),
+    "top_k?": is_integer(0, 1 << 20),
+    "repetition_penalty?": is_number(0.1, 10),
+    "seed?": is_integer(0, (1 << 63) - 1),
+}
+OPTIONS = SAMPLING | {
+    "max_new_tokens?": is_integer(1, 1 << 24),
+    "stream?": is_one_of(True, False),  # ids always stream, text never: accepted for the seed's clients
+    "stop?": is_list(is_text(1, 256), 0, 16),  # only for "text": ids are cut where they become text
+    "encoding?": is_one_of("ids", "text"),
+    "date?": is_text(1, 64),  # what a chat template may print, since it gets no clock
+}
+GENERATE = OPTIONS | {"prompt": is_text(0, 1 << 20)}
+GENERATE_CHAT = OPTIONS | {"messages": is_list(is_object(CHAT), 1, 1024)}
+CANCEL = {"cancel": is_one_of(True)}
+OWNER = (
+    {"status": is_one_of(True)},
+    {"lock": is_one_of(True)},
+    {"revoke": is_hex(32)},
+)
+USAGE = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}
+FINAL = {
+    "elapsed_ms": COUNT,
+    "finish_reason": is_one_of("stop", "length", "cancelled"),
+    "usage": is_object(USAGE),
+    "budget_left": COUNT,
+    "restarts": COUNT,
+    "completion?": is_text(0, MESSAGE_LIMIT),
+}
+
+
+# ---------------------------------------------------------------- frames
+
+
+def frame(payload):
+    """A frame around the payload: 4-byte big-endian length, then the bytes."""
+    return len(payload).to_bytes(FRAME_HEADER, "big") + payload
+
+
+class FrameReader:
+    """Takes bytes as they arrive and gives whole frames; `limit` bounds the next one's payload."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data):
+        """Add received bytes. The caller feeds at most a frame's worth before it asks for one."""
+        self._buffer += data
+
+    def next(self):
+        """The next payload as bytes, or None. Raises ProtocolError("bad_frame") over the limit."""
+        if len(self._buffer) < FRAME_HEADER:
+            return None
+        length = int.from_bytes(self._buffer[:FRAME_HEADER], "big")
+        if length > self.limit:
+            raise ProtocolError("bad_frame", f"{length} bytes, limit {self.limit}", self.limit)
+        end = FRAME_HEADER + length
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[FRAME_HEADER:end])
+        del self._buffer[:end]
+        return payload
+
+
+# ---------------------------------------------------------------- keys
+
+# ffdhe3072 of RFC 7919: 2^3072 - 2^3008 + (floor(2^2942 e) + 2625351) 2^64 - 1; generator 2.
+PRIME = int(
+    "ffffffffffffffffadf85458a2bb4a9aafdc5620273d3cf1d8b9c583ce2d3695a9e13641146433fbcc939dce"
+    "249b3ef97d2fe363630c75d8f681b202aec4617ad3df1ed5d5fd65612433f51f5f066ed0856365553ded1af3"
+    "b557135e7f57c935984f0c70e0e68b77e2a689daf3efe8721df158a136ade73530acca4f483a797abc0ab182"
+    "b324fb61d108a94bb2c8e3fbb96adab760d7f4681d4f42a3de394df4ae56ede76372bb190b07a7c8ee0a6d70"
+    "9e02fce1cdf7e2ecc03404cd28342f619172fe9ce98583ff8e4f1232eef28183c3fe3b1b4c6fad733bb5fcbc"
+    "2ec22005c58ef1837d1683b2c6f34a26c1b2effa886b4238611fcfdcde355b3b6519035bbc34f4def99c0238"
+    "61b46fc9d6e6c9077ad91d2691f7f7ee598cb0fac186d91caefe130985139270b4130c93bc437944f4fd4452"
+    "e2d74dd364f2e21e71f54bff5cae82ab9c9df69ee86d2bc522363a0dabc521979b0deada1dbf9a42d5c4484e"
+    "0abcd06bfa53ddef3c1b20ee3fd59d7c25e41d2b66c62e37ffffffffffffffff",
+    16,
+)
+SHARE_SIZE = 384
+EXPONENT_BITS = 275  # RFC 7919, section 5.2: at least 2 x the 125-bit strength, with margin
+
+
+class KeyShare:
+    """One side's ephemeral ffdhe3072 key; `public` is 384 bytes. It agrees on one secret only."""
+
+    def __init__(self):
+        self._exponent = secrets.randbits(EXPONENT_BITS) | 1 << (EXPONENT_BITS - 1)
+        self.public = pow(2, self._exponent, PRIME).to_bytes(SHARE_SIZE, "big")
+
+    def agree(self, peer):
+        """The shared secret Z as 384 bytes. Raises ProtocolError("bad_share")."""
+        value = int.from_bytes(peer, "big")
+        if len(peer) != SHARE_SIZE or not 1 < value < PRIME - 1:
+            raise ProtocolError("bad_share")
+        exponent, self._exponent = self._exponent, None
+        return pow(value, exponent, PRIME).to_bytes(SHARE_SIZE, "big")
+
+
+def hkdf(secret, salt, info, size=32):
+    """HKDF-SHA256 (RFC 5869): extract, then expand to `size` bytes."""
+    prk = hmac.digest(salt or bytes(32), secret, "sha256")
+    block = output = b""
+    counter = 0
+    while len(output) < size:
+        counter += 1
+        block = hmac.digest(prk, block + info + bytes([counter]), "sha256")
+        output += block
+    return output[:size]
+
+
+def transcript_hash(challenge, measurement):
+    """SHA-256 over the two clear frames, given their payloads. 32 bytes."""
+    return hashlib.sha256(frame(challenge) + frame(measurement)).digest()
+
+
+def session_keys(secret, transcript):
+    """Keys of a session by name, 32 bytes each: h2e, e2h and close."""
+    names = ("h2e", "e2h", "close")
+    return {name: hkdf(secret, transcript, f"muenclave v1 {name}".encode()) for name in names}
+
+
+def report_data(kind, transcript):
+    """What evidence of this kind must bind: 32 bytes that no other kind or transcript shares."""
+    label = b"muenclave evidence v1" + kind.encode("ascii") + b"\0"
+    return hashlib.sha256(label + transcript).digest()
+
+
+def psk_proof(secret, data):
+    """Evidence of kind psk: HMAC-SHA256 of the report data under a role's provisioning secret."""
+    return hmac.digest(secret, data, "sha256")
+
+
+def token_hash(token):
+    """What a lease holds of an access token: SHA-256 of its UTF-8, in hexadecimal."""
+    return hashlib.sha256(token.encode("utf-8")).hexdigest()
+
+
+def manifest_digest(manifest):
+    """The measurement: SHA-256 of a canonical manifest (a JSON object), in hexadecimal."""
+    return hashlib.sha256(encode_json(manifest)).hexdigest()
+
+
+# ---------------------------------------------------------------- records
+
+
+def aead(key):
+    """AES-256-GCM from `cryptography`, the only thing that muenclave takes from it."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM(key)
+
+
+class Sealer:
+    """Seals messages into records for one direction; the nonce counts records and never repeats."""
+
+    def __init__(self, key, cell=None):
+        self._aead = aead(key)
+        self._cell = cell
+        self._count = 0
+
+    def seal(self, kind, body):
+        """The frames of a message, ready to send: one, or as many cells as it fills."""
+        room = CELL_ROOM if self._cell else len(body)
+        frames = [self._record(kind, body, room)]
+        while len(body) > room:
+            body = body[room:]
+            frames.append(self._record(kind, body, room))
+        return frames
+
+    def seal_json(self, value):
+        """The frames of a JSON message."""
+        return self.seal(JSON_RECORD, encode_json(value))
+
+    def _record(self, kind, body, room):
+        plain = bytes([kind]) + len(body).to_bytes(4, "big") + body[:room].ljust(room, b"\0")
+        nonce = self._count.to_bytes(12, "big")
+        self._count += 1
+        header = (len(plain) + TAG).to_bytes(FRAME_HEADER, "big")
+        return header + self._aead.encrypt(nonce, plain, header)
+
+
+class Opener:
+    """Opens the records of one direction and joins those that make one message."""
+
+    def __init__(self, key, limit):
+        self._aead = aead(key)
+        self._limit = limit
+        self._count = 0
+        self._kind = None
+        self._left = 0
+        self._parts = []
+
+    def open(self, payload):
+        """(kind, body) once a message is whole, else None. Raises ProtocolError("bad_record")."""
+        plain = self._decrypt(payload)
+        kind = plain[0]
+        left = int.from_bytes(plain[1:RECORD_HEADER], "big")
+        body = plain[RECORD_HEADER : RECORD_HEADER + left]
+        first = not self._parts
+        if kind not in (JSON_RECORD, IDS_RECORD) or (first and left > self._limit):
+            raise ProtocolError("bad_record", "unknown type or too long")
+        if not first and (kind != self._kind or left != self._left):
+            raise ProtocolError("bad_record", "continuation does not fit")
+        if any(plain[RECORD_HEADER + left :]):
+            raise ProtocolError("bad_record", "padding is not zero")
+        if left > len(body) and not body:
+            raise ProtocolError("bad_record", "empty continuation")
+        self._parts.append(body)
+        self._kind, self._left = kind, left - len(body)
+        if self._left:
+            return None
+        message = b"".join(self._parts)
+        self._parts = []
+        return kind, message
+
+    def _decrypt(self, payload):
+        from cryptography.exceptions import InvalidTag
+
+        nonce = self._count.to_bytes(12, "big")
+        self._count += 1
+        if len(payload) < RECORD_HEADER + TAG:
+            raise ProtocolError("bad_record", "too short")
+        try:
+            header = len(payload).to_bytes(FRAME_HEADER, "big")
+            return self._aead.decrypt(nonce, payload, header)
+        except InvalidTag:
+            raise ProtocolError("bad_record", "authentication failed") from None
+
+
+# ---------------------------------------------------------------- the sealed container (.mus)
+# magic, 4-byte header length, canonical-JSON header, chunks of ciphertext and tag, zeros to 4096.
+# Chunks follow STREAM (Hoang, Reyhanitabar, Rogaway, Vizar 2015): the nonce is the index and a
+# flag on the last one, so none can be dropped, moved or added.
+
+MAGIC = b"MUSEALv1"
+PREFIX = len(MAGIC) + 4
+HEADER_LIMIT = 1 << 20
+CHUNK_SIZE = 1 << 20
+ALIGNMENT = 4096
+VOCABULARY_FILE = "vocabulary.bin"
+FILE_ENTRY = {"path": is_name, "offset": COUNT, "size": COUNT}
+HEADER = {
+    "version": is_one_of(1),
+    "asset": is_name,
+    "model_type": is_name,  # names the transformers class, which is imported before confinement
+    "chunk_size": is_integer(4096, 1 << 26),
+    "chunks": is_integer(1, 1 << 40),
+    "length": is_integer(1, 1 << 50),
+    "salt": is_hex(32),
+    "commitment": is_hex(32),
+    "vocabulary": is_hex(32),
+    "files": is_list(is_object(FILE_ENTRY), 1, 4096),
+}
+
+
+def header_length(prefix):
+    """Length of a container's header, from its first PREFIX bytes. Raises container_corrupt."""
+    length = int.from_bytes(prefix[len(MAGIC) : PREFIX], "big")
+    if len(prefix) < PREFIX or prefix[: len(MAGIC)] != MAGIC or not 2 <= length <= HEADER_LIMIT:
+        raise ProtocolError("container_corrupt", "not a sealed model (.mus)")
+    return length
+
+
+class Container:
+    """A sealed container's header, parsed and checked; `header` is its exact bytes.
+
+    digest: SHA-256 of the header, the model's digest. files: name -> (offset, size) in plaintext.
+    """
+
+    def __init__(self, header):
+        try:
+            fields = parse_message(header, HEADER)
+        except ProtocolError as error:
+            raise ProtocolError("container_corrupt", error.detail) from None
+        if encode_json(fields) != header:
+            raise ProtocolError("container_corrupt", "header is not canonical")
+        self.header = header
+        self.digest = hashlib.sha256(header).hexdigest()
+        self.fields = fields
+        self.length = fields["length"]
+        self.chunk_size = fields["chunk_size"]
+        self.chunks = fields["chunks"]
+        self.files = {f["path"]: (f["offset"], f["size"]) for f in fields["files"]}
+        if not self._is_consistent():
+            raise ProtocolError("container_corrupt", "header contradicts itself")
+
+    def _is_consistent(self):
+        end = 0
+        for entry in self.fields["files"]:
+            if entry["offset"] < end:
+                return False
+            end = entry["offset"] + entry["size"]
+        whole = self.chunks == -(-self.length // self.chunk_size)
+        unique = len(self.files) == len(self.fields["files"])
+        return whole and unique and end <= self.length
+
+    def is_key(self, weights_key):
+        """Whether this weights key sealed the container; AES-GCM alone does not commit to a key."""
+        expected = bytes.fromhex(self.fields["commitment"])
+        return hmac.compare_digest(key_commitment(weights_key, self.fields["salt"]), expected)
+
+    def chunk_key(self, weights_key):
+        """The 32-byte key of the chunks; bound to the whole header through its digest."""
+        info = b"mus v1" + bytes.fromhex(self.digest)
+        return hkdf(weights_key, bytes.fromhex(self.fields["salt"]), info)
+
+    def chunk(self, index):
+        """Of chunk `index`: (offset in the file, plaintext offset, plaintext size, nonce)."""
+        start = index * self.chunk_size
+        size = min(self.chunk_size, self.length - start)
+        offset = PREFIX + len(self.header) + index * (self.chunk_size + TAG)
+        return offset, start, size, chunk_nonce(index, index == self.chunks - 1)
+
+    def sealed_size(self):
+        """Bytes of the container, its zeros at the end included."""
+        end = PREFIX + len(self.header) + self.length + self.chunks * TAG
+        return -(-end // ALIGNMENT) * ALIGNMENT
+
+
+def chunk_nonce(index, is_last):
+    """12 bytes: the chunk's index and a flag octet on the last chunk."""
+    return index.to_bytes(11, "big") + bytes([is_last])
+
+
+def key_commitment(weights_key, salt):
+    """32 bytes that only this weights key gives with this salt (hexadecimal)."""
+    return hkdf(weights_key, bytes.fromhex(salt), b"mus v1 key commitment")
+
+
+# ---------------------------------------------------------------- token ids and text
+
+
+class Vocabulary:
+    """The public table id -> bytes. Form: 4-byte count, then for each id 2-byte length and bytes.
+
+    bits: how many bits an id takes on the wire, ceil(log2 count) and at least 8, so that the
+    number of ids follows from the number of bytes. digest: SHA-256 of the form.
+    """
+
+    def __init__(self, data):
+        self.digest = hashlib.sha256(data).hexdigest()
+        count = int.from_bytes(data[:4], "big")
+        self.table = []
+        at = 4
+        while at + 2 <= len(data) and len(self.table) < count:
+            end = at + 2 + int.from_bytes(data[at : at + 2], "big")
+            self.table.append(bytes(data[at + 2 : end]))
+            at = end
+        if at != len(data) or len(self.table) != count or not 2 <= count <= 1 << 24:
+            raise ProtocolError("model_invalid", "the vocabulary table is malformed")
+        self.bits = id_bits(count)
+
+    def __len__(self):
+        return len(self.table)
+
+    def pack(self, ids):
+        """Ids as bytes: `bits` bits each, big-endian, zero bits at the end."""
+        value = 0
+        for token in ids:
+            value = value << self.bits | token
+        size = -(-len(ids) * self.bits // 8)
+        return (value << (size * 8 - len(ids) * self.bits)).to_bytes(size, "big")
+
+    def unpack(self, data):
+        """The ids in packed bytes. Raises ProtocolError("bad_record") if not exactly `pack`'s."""
+        count = len(data) * 8 // self.bits
+        value = int.from_bytes(data, "big") >> (len(data) * 8 - count * self.bits)
+        mask = (1 << self.bits) - 1
+        ids = [value >> self.bits * (count - 1 - i) & mask for i in range(count)]
+        if any(token >= len(self) for token in ids) or self.pack(ids) != data:
+            raise ProtocolError("bad_record", "packed ids are not canonical")
+        return ids
+
+
+def id_bits(count):
+    """Bits of an id below `count`: ceil(log2 count), at least 8."""
+    return max(8, (count - 1).bit_length())
+
+
+def encode_vocabulary(table):
+    """The byte form of a list of token byte strings; the inverse of Vocabulary(...).table."""
+    entries = (len(item).to_bytes(2, "big") + item for item in table)
+    return len(table).to_bytes(4, "big") + b"".join(entries)
+
+
+class TextCutter:
+    """Turns ids into text at character boundaries and ends it before the first stop string."""
+
+    def __init__(self, vocabulary, stops=()):
+        self._table = vocabulary.table
+        self._stops = list(stops)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, ids, last=False):
+        """Text that is now certain. After a stop string, or `last`, nothing more comes."""
+        if self.stopped:
+            return ""
+        data = b"".join(self._table[token] for token in ids)
+        text = self._held + self._decoder.decode(data, last)
+        ends = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        keep = 0 if last else self._possible_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _possible_stop(self, text):
+        """Length of the longest end of `text` that a stop string could begin with."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+# ---------------------------------------------------------------- the meter
+
+NANOSECOND = 1_000_000_000
+
+
+class Meter:
+    """A token bucket in integers: over any time T at most rate * T + burst bytes are taken.
+
+    rate: bytes a second. burst: bytes. now: a monotonic clock's nanoseconds, from the caller. It
+    starts empty, so that a restart earns nothing, and a clock that steps back earns nothing.
+    """
+
+    def __init__(self, rate, burst, now):
+        self.rate = rate
+        self.burst = burst
+        self._credit = 0  # in bytes times nanoseconds: exact for every rate
+        self._last = now
+
+    def _refill(self, now):
+        elapsed = max(0, now - self._last)
+        self._last = max(now, self._last)
+        self._credit = min(self.burst * NANOSECOND, self._credit + elapsed * self.rate)
+
+    def take(self, count, now):
+        """Take `count` bytes if there is credit for all of them; say whether it was taken."""
+        self._refill(now)
+        if count * NANOSECOND > self._credit:
+            return False
+        self._credit -= count * NANOSECOND
+        return True
+
+    def available(self, now):
+        """Whole bytes that could be taken now."""
+        self._refill(now)
+        return self._credit // NANOSECOND
+
+    def wait(self, count, now):
+        """Nanoseconds until `count` bytes (at most a burst) can be taken."""
+        self._refill(now)
+        missing = min(count, self.burst) * NANOSECOND - self._credit
+        return max(0, -(-missing // self.rate))
+
+    def change(self, rate, burst, now):
+        """Other limits from now on; credit is kept up to the new burst, never added."""
+        self._refill(now)
+        self.rate, self.burst = rate, burst
+        self._credit = min(self._credit, burst * NANOSECOND)
+
+    def is_valid(self):
+        """The invariant behind the bound: credit never negative, never more than one burst."""
+        return 0 <= self._credit <= self.burst * NANOSECOND
