@@ -1,5 +1,6 @@
 """What both sides of a muenclave session share: frames, strict JSON, keys, records, the sealed
-container, token ids and the meter. Pure: no socket, no file and no clock is opened here.
+container, token ids and the meter. Pure: it opens no socket and no file, and every clock that it
+reads can be given by the caller.
 
 The asset is the model's weights and with them the 32-byte weights key. This module is in the
 trusted base of both sides: it parses what an attacker sends, before and after the handshake.
@@ -23,6 +24,8 @@ import json
 import math
 import re
 import secrets
+import struct
+import time
 
 VERSION = 1
 HANDSHAKE_FRAME = 4 << 10  # both ways until the token is accepted
@@ -194,7 +197,7 @@ def is_object(schema):
 
 
 def is_name(v):
-    """True for a plain file or asset name: no path parts, no leading dot, at most 128 characters."""
+    """True for a plain file or asset name: no path parts, no leading dot, 1 to 128 characters."""
     return isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", v) is not None
 
 
@@ -271,7 +274,9 @@ SAMPLING = {
 }
 OPTIONS = SAMPLING | {
     "max_new_tokens?": is_integer(1, 1 << 24),
-    "stream?": is_one_of(True, False),  # ids always stream, text never: accepted for the seed's clients
+    "stream?": is_one_of(
+        True, False
+    ),  # ids always stream, text never: accepted for the seed's clients
     "stop?": is_list(is_text(1, 256), 0, 16),  # only for "text": ids are cut where they become text
     "encoding?": is_one_of("ids", "text"),
     "date?": is_text(1, 64),  # what a chat template may print, since it gets no clock
@@ -303,30 +308,29 @@ def frame(payload):
     return len(payload).to_bytes(FRAME_HEADER, "big") + payload
 
 
-class FrameReader:
-    """Takes bytes as they arrive and gives whole frames; `limit` bounds the next one's payload."""
+def read_frame(connection, limit, seconds=None, clock=time.monotonic):
+    """The payload of the next frame from a socket, whole within so many seconds.
 
-    def __init__(self, limit):
-        self.limit = limit
-        self._buffer = bytearray()
+    Raises ProtocolError("bad_frame") over the limit, EOFError at the end, TimeoutError.
+    """
+    deadline = None if seconds is None else clock() + seconds
+    length = int.from_bytes(read_exactly(connection, FRAME_HEADER, deadline, clock), "big")
+    if length > limit:
+        raise ProtocolError("bad_frame", f"{length} bytes, limit {limit}")
+    return read_exactly(connection, length, deadline, clock)
 
-    def feed(self, data):
-        """Add received bytes. The caller feeds at most a frame's worth before it asks for one."""
-        self._buffer += data
 
-    def next(self):
-        """The next payload as bytes, or None. Raises ProtocolError("bad_frame") over the limit."""
-        if len(self._buffer) < FRAME_HEADER:
-            return None
-        length = int.from_bytes(self._buffer[:FRAME_HEADER], "big")
-        if length > self.limit:
-            raise ProtocolError("bad_frame", f"{length} bytes, limit {self.limit}", self.limit)
-        end = FRAME_HEADER + length
-        if len(self._buffer) < end:
-            return None
-        payload = bytes(self._buffer[FRAME_HEADER:end])
-        del self._buffer[:end]
-        return payload
+def read_exactly(connection, size, deadline=None, clock=time.monotonic):
+    """`size` bytes from a socket. Raises EOFError, or TimeoutError when the deadline has passed."""
+    data = bytearray()
+    while len(data) < size:
+        if deadline is not None:
+            connection.settimeout(max(deadline - clock(), 1e-6))
+        block = connection.recv(min(size - len(data), 1 << 20))
+        if not block:
+            raise EOFError("the connection ended")
+        data += block
+    return bytes(data)
 
 
 # ---------------------------------------------------------------- keys
@@ -396,6 +400,13 @@ def report_data(kind, transcript):
 def psk_proof(secret, data):
     """Evidence of kind psk: HMAC-SHA256 of the report data under a role's provisioning secret."""
     return hmac.digest(secret, data, "sha256")
+
+
+def parse_secret(text):
+    """A 32-byte secret from 64 hexadecimal characters. Raises ValueError."""
+    if not is_hex(32)(text.strip()):
+        raise ValueError("64 hexadecimal characters are wanted")
+    return bytes.fromhex(text)
 
 
 def token_hash(token):
@@ -493,6 +504,14 @@ class Opener:
             return self._aead.decrypt(nonce, payload, header)
         except InvalidTag:
             raise ProtocolError("bad_record", "authentication failed") from None
+
+
+def warm_up():
+    """Import and run now what Python would look for on disk later, when a filter forbids that."""
+    frames = Sealer(bytes(32), CELL).seal_json({"text": "\u00e9"})
+    Opener(bytes(32), CELL).open(frames[0][FRAME_HEADER:])
+    parse_json('{"\u00e9":1.5}'.encode())
+    TextCutter(Vocabulary(encode_vocabulary([b"a", b"b"]))).feed([0])
 
 
 # ---------------------------------------------------------------- the sealed container (.mus)
@@ -595,6 +614,41 @@ def key_commitment(weights_key, salt):
     return hkdf(weights_key, bytes.fromhex(salt), b"mus v1 key commitment")
 
 
+ITEM_SIZES = {
+    1: "U8 I8 BOOL F8_E4M3 F8_E5M2",
+    2: "U16 I16 F16 BF16",
+    4: "U32 I32 F32",
+    8: "I64 F64",
+}
+
+
+def safetensors_entries(data):
+    """[(name, dtype, shape, start, size in bytes)] of a safetensors file, every bound checked.
+
+    Form: 8-byte little-endian header length, JSON header, data; the spans are contiguous from the
+    header's end to the file's, each as long as shape x dtype. Raises ValueError.
+    """
+    sizes = {name: size for size, names in ITEM_SIZES.items() for name in names.split()}
+    is_size = is_integer(0, 1 << 50)
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(100 << 20, len(data) - 8):
+        raise ValueError("a safetensors header has a wrong length")
+    header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique_keys)
+    header.pop("__metadata__", None)
+    entries, end = [], 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        if not all(map(is_size, [*shape, start, stop])) or entry["dtype"] not in sizes:
+            raise ValueError(f"{name}: shape or dtype is not valid")
+        if start != end or stop - start != math.prod(shape) * sizes[entry["dtype"]]:
+            raise ValueError(f"{name}: offsets do not fit")
+        entries.append((name, entry["dtype"], shape, 8 + length + start, stop - start))
+        end = stop
+    if 8 + length + end != len(data):
+        raise ValueError("a safetensors file has a wrong length")
+    return entries
+
+
 # ---------------------------------------------------------------- token ids and text
 
 
@@ -684,6 +738,18 @@ class TextCutter:
         return 0
 
 
+# ---------------------------------------------------------------- the engine's pipe
+# All that an engine can say, 8 bytes each: kind, slot, value. The gate answers in framed JSON.
+
+PIPE = struct.Struct("=BxHI")
+ID, END, LENGTH, REFUSED, LOADED, FAILED = range(1, 7)
+ENDINGS = ("stop", "length", "cancelled")
+REFUSALS = ("prompt_invalid", "prompt_too_long", "too_many_tokens")
+FAILURES = ("model_invalid", "no_engine", "out_of_memory")
+ENDING_BITS = 4  # log2 of all endings, refusals and failures that an engine can choose from
+LENGTH_BITS = 32  # of a number that the engine reports
+
+
 # ---------------------------------------------------------------- the meter
 
 NANOSECOND = 1_000_000_000
@@ -715,11 +781,6 @@ class Meter:
         self._credit -= count * NANOSECOND
         return True
 
-    def available(self, now):
-        """Whole bytes that could be taken now."""
-        self._refill(now)
-        return self._credit // NANOSECOND
-
     def wait(self, count, now):
         """Nanoseconds until `count` bytes (at most a burst) can be taken."""
         self._refill(now)
@@ -735,3 +796,48 @@ class Meter:
     def is_valid(self):
         """The invariant behind the bound: credit never negative, never more than one burst."""
         return 0 <= self._credit <= self.burst * NANOSECOND
+
+
+class Account:
+    """The leases of one unlocked enclave: who may use it, and how much may still leave.
+
+    bits: what an engine may still choose. Every method raises ProtocolError, and then has changed
+    nothing. A later lease adds its bytes and replaces the rest.
+    """
+
+    def __init__(self):
+        self.lease = None
+        self.bits = 0
+        self.expires = None  # ns
+        self._seen = set()
+
+    def add(self, lease, now):
+        """Take a lease. lease_refused: its id was seen, or its sequence is not higher."""
+        is_old = self.lease is not None and lease["sequence"] <= self.lease["sequence"]
+        if lease["id"] in self._seen or is_old:
+            raise ProtocolError("lease_refused")
+        self._seen.add(lease["id"])
+        self.lease = lease
+        self.bits += 8 * lease["budget"]
+        self.expires = now + lease["expiry"] * NANOSECOND
+
+    def user(self, token):
+        """The hash of an access token that the lease names. locked, token_refused."""
+        if self.lease is None:
+            raise ProtocolError("locked")
+        given = token_hash(token)
+        if not any([hmac.compare_digest(given, user) for user in self.lease["users"]]):
+            raise ProtocolError("token_refused")
+        return given
+
+    def charge(self, bits):
+        """Take bits before what they pay for leaves. lease_ended: there are not so many left."""
+        if bits > self.bits:
+            raise ProtocolError("lease_ended")
+        self.bits -= bits
+
+    def revoke(self, user):
+        """Strike a user's hash from the lease."""
+        if self.lease is not None:
+            users = [other for other in self.lease["users"] if other != user]
+            self.lease = self.lease | {"users": users}
