@@ -1,0 +1,77 @@
+"""Run the suite: `python -m tests` takes what `python -m unittest` takes.
+
+With CI=true a skipped test is a failure, unless its reason is in MAY_SKIP. The last line of the
+output is `N passed, N failed, N skipped`.
+"""
+
+import os
+import sys
+import unittest
+
+MAY_SKIP = ("needs a GPU", "needs vsock", "needs KVM", "needs BUILDROOT_DIR")
+
+
+class Result(unittest.TextTestResult):
+    """Counts tests by their outcome; a test whose subtests fail is one failed test."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.started, self.failed, self.skips = set(), set(), set()
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.started.add(test.id())
+
+    def addSkip(self, test, reason):
+        if os.environ.get("CI") == "true" and reason not in MAY_SKIP:
+            error = AssertionError(f"skipped, though CI is to run it: {reason}")
+            self.addFailure(test, (AssertionError, error, None))
+        else:
+            super().addSkip(test, reason)
+            self.skips.add(whole(test))
+
+    def addFailure(self, test, err):
+        super().addFailure(test, err)
+        self.failed.add(whole(test))
+
+    def addError(self, test, err):
+        super().addError(test, err)
+        self.failed.add(whole(test))
+
+    def addSubTest(self, test, subtest, err):
+        super().addSubTest(test, subtest, err)
+        if err is not None:
+            self.failed.add(test.id())
+
+    def addUnexpectedSuccess(self, test):
+        super().addUnexpectedSuccess(test)
+        self.failed.add(whole(test))
+
+    def summary(self):
+        """The last line of the output."""
+        skips = self.skips - self.failed
+        passed = self.started - self.failed - skips
+        return f"{len(passed)} passed, {len(self.failed)} failed, {len(skips)} skipped"
+
+
+class Runner(unittest.TextTestRunner):
+    """unittest's runner with our result and its summary."""
+
+    resultclass = Result
+
+    def run(self, test):
+        """Run, and end with the summary on a line of its own."""
+        result = super().run(test)
+        self.stream.flush()
+        print(result.summary(), flush=True)
+        return result
+
+
+def whole(test):
+    """The id of a test, also of one that a subtest belongs to."""
+    return getattr(test, "test_case", test).id()
+
+
+if __name__ == "__main__":
+    program = unittest.main(module=None, testRunner=Runner, exit=False)
+    sys.exit(not (program.result.wasSuccessful() and program.result.testsRun))

@@ -1,0 +1,33 @@
+"""Run the tests: python3 tools/test.py [what `python -m unittest` takes].
+
+Makes .venv with the test extra, installs the system's packages that some tests need (as root on
+Debian or Ubuntu; otherwise it names them, and those tests are skipped), and runs the suite there.
+Standard library only. Exit status: 0 if no test failed. With CI=true a skip is a failure.
+"""
+
+import os
+import sys
+
+import environment
+
+PROGRAMS = {"strace": "strace", "curl": "curl"}  # that tests run: package
+
+
+def say(text):
+    """One line of progress, before the suite's own."""
+    print(f"test: {text}", flush=True)
+
+
+def main():
+    """Prepare, then become the suite."""
+    environment.install_system(PROGRAMS, say)
+    try:
+        python = environment.make_venv("test", say)
+    except environment.ToolError as error:
+        sys.exit(f"test: error: {error}")
+    os.chdir(environment.ROOT)
+    os.execv(python, [python, "-m", "tests", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
