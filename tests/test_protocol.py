@@ -7,7 +7,7 @@ import random
 import socket
 import unittest
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import muprotocol as mp
@@ -704,6 +704,8 @@ class Text(unittest.TestCase):
 
     @settings(GENERATED, max_examples=500)
     @given(IDS, STOPS, st.lists(st.integers(0, 5), max_size=30))
+    @example([5, 1], ["abcb", "bc"], [])
+    @example([5, 1], ["abcb", "bc"], [1, 1])
     def test_against_a_straightforward_reference(self, ids, stops, sizes):
         cutter, text, left = mp.TextCutter(self.VOCABULARY, stops), "", ids
         whole = b"".join(self.PIECES[token] for token in ids).decode("utf-8", "replace")

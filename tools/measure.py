@@ -1,0 +1,119 @@
+"""Write the reference values that an owner expects an enclave to prove.
+
+    python3 tools/measure.py --output reference.json                 a run of this checkout
+    python3 tools/measure.py --root DIR --kernel RELEASE --command-line TEXT   a guest's root
+
+The measurement is the SHA-256 of a manifest (muprotocol.manifest_digest); --manifest prints that
+manifest instead, so that two can be compared. A local run counts the packages of the Python that
+runs it: name that one by --python.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LOCAL = "import json, muenclave; print(json.dumps(muenclave.local_manifest()))"
+
+
+class MeasureError(Exception):
+    """It can't be measured; the text is one line that says why."""
+
+
+def local_manifest(python):
+    """The manifest of this checkout when `python` (a path) runs it. Raises MeasureError."""
+    command = [python, "-B", "-c", LOCAL]  # -c puts the checkout first, as `-m muenclave` does
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except OSError as error:
+        raise MeasureError(f"can't run {python}: {error.strerror}") from None
+    except subprocess.CalledProcessError as error:
+        raise MeasureError(
+            f"{python}: {(error.stderr.strip() or 'failed').splitlines()[-1]}"
+        ) from None
+    return json.loads(done.stdout)
+
+
+def root_manifest(root, kernel, command_line):
+    """The manifest of a guest whose root file system lies in this directory. MeasureError."""
+    sys.path.insert(0, str(ROOT))
+    import muenclave
+
+    try:
+        if not os.listdir(root):
+            raise MeasureError(f"{root} is empty: that is no root file system")
+        return muenclave.root_manifest(root, kernel, command_line)
+    except OSError as error:
+        raise MeasureError(f"can't read {error.filename}: {error.strerror}") from None
+
+
+def reference(manifest, withdrawn):
+    """Reference values of kind psk for what this manifest describes."""
+    sys.path.insert(0, str(ROOT))
+    import muprotocol
+
+    measurement = muprotocol.manifest_digest(manifest)
+    values = {"version": 1, "kind": "psk", "root": "psk", "measurement": measurement}
+    return values | {"withdrawn": withdrawn}
+
+
+def read_withdrawn(path):
+    """The values that an earlier file withdrew: measuring anew must not bring them back."""
+    try:
+        return json.loads(path.read_text("utf-8"))["withdrawn"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        raise MeasureError(f"{path}: there is a file that holds no reference values") from None
+
+
+def write(path, text):
+    """Replace a file whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = pathlib.Path(folder, path.name)
+            file.write_text(text, "utf-8")
+            os.replace(file, path)
+    except OSError as error:
+        raise MeasureError(f"can't write {path}: {error.strerror}") from None
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="measure.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="default: print them")
+    parser.add_argument("--manifest", action="store_true", help="print the manifest instead")
+    parser.add_argument("--python", default=sys.executable, help="that runs the enclave")
+    parser.add_argument("--root", metavar="DIR", help="measure a guest's root file system")
+    parser.add_argument("--kernel", metavar="RELEASE", help="of that guest, as uname -r says it")
+    parser.add_argument("--command-line", metavar="TEXT", help="of that guest's kernel")
+    flags = parser.parse_args(argv)
+    if flags.root and (flags.kernel is None or flags.command_line is None):
+        parser.error("--root needs --kernel and --command-line")
+    if not flags.root and (flags.kernel is not None or flags.command_line is not None):
+        parser.error("--kernel and --command-line need --root")
+    try:
+        if flags.root:
+            manifest = root_manifest(flags.root, flags.kernel, flags.command_line)
+        else:
+            manifest = local_manifest(flags.python)
+        values = manifest
+        if not flags.manifest:
+            values = reference(manifest, read_withdrawn(flags.output) if flags.output else [])
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        if flags.output:
+            write(flags.output, text)
+        else:
+            print(text, end="")
+    except MeasureError as error:
+        print(f"measure: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
