@@ -78,6 +78,8 @@ class Enclave:
 
     def end(self):
         """Ask it to end; a second time if its answers take long; then make it."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         for ask in (self.process.terminate, self.process.terminate, self.process.kill):
             ask()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -134,8 +136,8 @@ def unlock(python, port):
         f"Verifying the enclave, then unlocking it: development evidence (psk), "
         f"a budget of {BUDGET:,} bytes, {RATE:,} bytes a second, {EXPIRY // 3600} hours",
     )
-    owner = connection_flags(port, OWNER_PSK)
-    run(python, "-m", "muproxy", "attest", *owner, failure="the enclave is not what was measured")
+    user, owner = connection_flags(port, USER_PSK), connection_flags(port, OWNER_PSK)
+    run(python, "-m", "muproxy", "attest", *user, failure="the enclave is not what was measured")
     lease = ["--budget", BUDGET, "--rate", RATE, "--expiry", EXPIRY, "--development"]
     files = ["--key", KEY, "--model", SEALED, "--token-file", TOKEN]
     run(python, "-m", "muproxy", "unlock", *owner, *files, *lease, failure="it was not unlocked")

@@ -1,0 +1,143 @@
+"""tools/quickstart.py as a stranger types it: in a fresh copy of the checkout, in a fresh venv."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.error
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROMPT = "Tell me about zen."
+SECONDS = 1200  # for installing and training on a slow machine
+SECRETS = ("demo.key", "owner.psk", "user.psk", "token")
+
+
+def processes_of(folder):
+    """The command lines of all running processes that name this folder, or work in it."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if folder in command or os.readlink(process / "cwd").startswith(folder):
+                found.append(command)
+    return found
+
+
+class Quickstart(unittest.TestCase):
+    """One command from a clone to an answer; again; as a server; and nothing is left behind."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.copy = pathlib.Path(folder.name).resolve() / "muenclave"
+        ignored = [row.strip("/") for row in (ROOT / ".gitignore").read_text().split()]
+        shutil.copytree(ROOT, cls.copy, ignore=shutil.ignore_patterns(".git", *ignored))
+        cls.state = cls.copy / ".quickstart"
+        cls.first = cls.run_to_its_end(PROMPT)
+
+    @classmethod
+    def command(cls, *arguments):
+        return [sys.executable, cls.copy / "tools" / "quickstart.py", *arguments]
+
+    @classmethod
+    def run_to_its_end(cls, *arguments):
+        return subprocess.run(
+            cls.command(*arguments),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+
+    def setUp(self):
+        self.assertEqual(self.first.returncode, 0, self.first.stdout + self.first.stderr)
+
+    def test_answer(self):
+        steps = re.findall(r"^\[(\d)/8\]", self.first.stdout, re.MULTILINE)
+        self.assertEqual(sorted(set(steps)), list("12345678"))
+        self.assertRegex(self.first.stdout, r"a budget of [\d,]+ bytes")
+        answer = self.first.stdout.partition(f"Asking: {PROMPT}\n")[2]
+        self.assertIn("Beautiful is better than ugly", answer)
+        self.assertEqual(processes_of(str(self.copy)), [])
+
+    def test_second_run_finds_everything_made(self):
+        before = {path.name: path.stat().st_mtime_ns for path in self.state.iterdir()}
+        done = self.run_to_its_end(PROMPT)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotIn("Installing", done.stdout)
+        after = {path.name: path.stat().st_mtime_ns for path in self.state.iterdir()}
+        for name in ("demo.mus", "demo.mus.vocab", *SECRETS):
+            self.assertEqual(before[name], after[name], name)
+        self.assertEqual(self.answer(done.stdout), self.answer(self.first.stdout))
+
+    def answer(self, output):
+        """The text of an answer, without the steps above it."""
+        return output.partition(f"Asking: {PROMPT}\n")[2]
+
+    def test_secrets_are_for_the_owner_only_and_never_shown(self):
+        self.assertEqual(self.state.stat().st_mode & 0o777, 0o700)
+        shown = self.first.stdout + self.first.stderr + (self.state / "enclave.log").read_text()
+        for name in SECRETS:
+            path = self.state / name
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600, name)
+            for secret in re.findall(r"[0-9a-f]{64}", path.read_text()):
+                self.assertNotIn(secret, shown, name)
+
+    def serve_until(self, number):
+        """Start with --serve, ask the API, then end it by a signal; the exit status."""
+        process = subprocess.Popen(
+            self.command("--serve"),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with process:
+            self.addCleanup(process.kill)
+            lines = iter(process.stdout.readline, "")
+            line = next(line for line in lines if line.startswith("[8/8]"))
+            address = re.search(r"http://[\d.:]+", line)[0]
+            self.assertEqual(self.ask(address), "Beautiful")
+            process.send_signal(number)
+            return process.wait(60)
+
+    def ask(self, address):
+        """The first word of an answer from the HTTP API."""
+        body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]}
+        token = (self.state / "token").read_text().strip()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        url = f"{address}/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return json.load(reply)["choices"][0]["message"]["content"].split()[0]
+            except urllib.error.HTTPError:
+                raise
+            except urllib.error.URLError as error:
+                self.assertIsInstance(error.reason, ConnectionRefusedError)  # not listening yet
+                time.sleep(0.1)
+
+    def test_serve_ends_all_on_ctrl_c(self):
+        self.assertEqual(self.serve_until(signal.SIGINT), 130)
+        self.assertEqual(processes_of(str(self.copy)), [])
+
+    def test_serve_ends_all_on_sigterm(self):
+        self.assertEqual(self.serve_until(signal.SIGTERM), 143)
+        self.assertEqual(processes_of(str(self.copy)), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
