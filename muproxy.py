@@ -231,35 +231,33 @@ class Inlet:
     rate: bytes a second; burst: bytes; received: bytes so far. Over any time T this process takes
     at most rate * T + burst from its enclave. `buffer` is what the kernel may hold besides, for
     each connection: an eighth of a second's worth, so that the enclave feels a slow meter.
+    clock: has monotonic_ns() and sleep(seconds).
     """
 
-    def __init__(
-        self,
-        rate=mp.DEFAULT_RATE,
-        burst=mp.DEFAULT_BURST,
-        clock=time.monotonic_ns,
-        sleep=time.sleep,
-    ):
-        self.meter = mp.Meter(rate, burst, clock())
+    def __init__(self, rate=mp.DEFAULT_RATE, burst=mp.DEFAULT_BURST, clock=time):
+        self.meter = mp.Meter(rate, burst, clock.monotonic_ns())
         self.buffer = min(max(rate // 8, LEAST_BUFFER), 1 << 20)
         self.received = 0
-        self._clock, self._sleep = clock, sleep
+        self._clock = clock
         self._turn = threading.Lock()
 
-    def receive(self, connection, size, deadline):
-        """At most `size` bytes of a readable socket, paid for before they are taken.
+    def receive(self, connection, size, seconds):
+        """At most `size` bytes from a socket, b"" at the end, paid for before they are taken.
 
         They are looked at first, so that nothing is paid that is not there. Raises TimeoutError.
         """
+        deadline = time.monotonic() + seconds
+        if not is_readable(connection, seconds):
+            raise TimeoutError("nothing came")
         if not self._turn.acquire(timeout=max(0, deadline - time.monotonic())):
             raise TimeoutError("the meter is busy")
         try:
             count = len(connection.recv(min(size, mp.CELL), socket.MSG_PEEK))
-            while not self.meter.take(count, self._clock()):
-                seconds = self.meter.wait(count, self._clock()) / mp.NANOSECOND
-                if time.monotonic() + seconds > deadline:
+            while not self.meter.take(count, self._clock.monotonic_ns()):
+                wait = self.meter.wait(count, self._clock.monotonic_ns()) / mp.NANOSECOND
+                if time.monotonic() + wait > deadline:
                     raise TimeoutError("the meter gives too little")
-                self._sleep(seconds)
+                self._clock.sleep(wait)
             self.received += count
             return mp.read_exactly(connection, count)
         finally:
@@ -270,21 +268,18 @@ class Link:
     """A connection to the enclave, or to a relay before it, that is read through an inlet."""
 
     def __init__(self, address, inlet, seconds=CONNECT_SECONDS):
-        self.inlet, self.seconds = inlet, seconds
         self.socket = connect(address, inlet.buffer, seconds)
-        self.sendall, self.shutdown = self.socket.sendall, self.socket.shutdown
-        self.close = self.socket.close
+        self.inlet, self.seconds = inlet, seconds
+        for name in ("sendall", "shutdown", "close"):
+            setattr(self, name, getattr(self.socket, name))
 
     def settimeout(self, seconds):
-        """Seconds that the next reads may take."""
+        """Seconds that each read may take from now on."""
         self.seconds = seconds
 
     def recv(self, size):
         """At most `size` bytes, b"" at the end. Raises TimeoutError."""
-        deadline = time.monotonic() + self.seconds
-        if not is_readable(self.socket, self.seconds):
-            raise TimeoutError("nothing came")
-        return self.inlet.receive(self.socket, size, deadline)
+        return self.inlet.receive(self.socket, size, self.seconds)
 
 
 def connect(address, buffer, seconds):
@@ -451,9 +446,7 @@ class Session:
         """
         deadline, message = time.monotonic() + seconds, None
         with self._step():
-            self._watch(is_gone)
-            while not is_readable(self.link.socket, POLL_SECONDS):
-                self._watch(is_gone)
+            while self._watch(is_gone) or not is_readable(self.link.socket, POLL_SECONDS):
                 if time.monotonic() > deadline:
                     raise TimeoutError("no message came")
             while message is None:
@@ -588,16 +581,10 @@ BODY_LIMIT = mp.REQUEST_FRAME
 HEALTH_SECONDS = 30  # between two handshakes for the health alone: they are metered as all are
 RETRY_SECONDS = 5
 COMPLETION_TOKENS = 16  # OpenAI's default where there are no messages
-STATUSES = {  # code of a ProtocolError: HTTP status, OpenAI's code; else 503 and the code
-    "token_refused": (401, "invalid_api_key"),
-    "prompt_too_long": (400, "context_length_exceeded"),
-    "too_many_tokens": (400, "context_length_exceeded"),
-    "prompt_invalid": (400, "prompt_invalid"),
-    "policy_refused": (400, "policy_refused"),
-    "bad_message": (400, "invalid_value"),
-    "busy": (429, "rate_limit_exceeded"),
-    "timeout": (504, "timeout"),
-}
+STATUSES = dict.fromkeys((*mp.REFUSALS, "policy_refused", "bad_message"), 400)
+STATUSES |= {"token_refused": 401, "busy": 429, "timeout": 504}  # else 503
+CODES = dict.fromkeys(("prompt_too_long", "too_many_tokens"), "context_length_exceeded")
+CODES |= {"token_refused": "invalid_api_key", "busy": "rate_limit_exceeded"}  # as OpenAI has it
 # What this model can't do, and the values that do not ask for it; then OpenAI's own bookkeeping.
 UNSUPPORTED = """audio best_of echo frequency_penalty function_call functions logit_bias logprobs
     modalities n parallel_tool_calls prediction presence_penalty reasoning_effort response_format
@@ -622,13 +609,8 @@ FIELDS = SAMPLING | {
     "max_completion_tokens": TOKENS,
 }
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PATHS = {
-    "/v1/models": "GET",
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
-    "/health": "GET",
-    "/metrics": "GET",
-}
+PATHS = dict.fromkeys(("/v1/models", "/health", "/metrics"), "GET")
+PATHS |= dict.fromkeys(("/v1/chat/completions", "/v1/completions"), "POST")
 
 
 class HttpError(Exception):
@@ -644,9 +626,9 @@ class HttpError(Exception):
 
 def http_error(error):
     """The HttpError for a ProtocolError; it shows the code's constant text alone."""
-    status, code = STATUSES.get(error.code, (503, error.code))
     limit = "" if error.limit is None else f" of {error.limit} tokens"
-    return HttpError(status, mp.ERRORS[error.code] + limit, code)
+    code = CODES.get(error.code, error.code)
+    return HttpError(STATUSES.get(error.code, 503), mp.ERRORS[error.code] + limit, code)
 
 
 def unsupported(name):
@@ -682,18 +664,11 @@ def parse_request(body, is_chat):
     limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
     if limit or not is_chat:
         request["max_new_tokens"] = limit or COMPLETION_TOKENS
-    request[source] = parse_messages(fields[source]) if is_chat else parse_prompt(fields[source])
+    if not is_chat and not isinstance(fields["prompt"], str):
+        raise invalid("prompt", "one string: lists and token ids are not supported")
+    request[source] = parse_messages(fields[source]) if is_chat else fields["prompt"]
     stops = fields.get("stop", [])
     return request, [stops] if isinstance(stops, str) else stops, fields
-
-
-def parse_prompt(prompt):
-    """One prompt's text. Raises HttpError."""
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise invalid("prompt", "one string: several and token ids are not supported")
-    return prompt
 
 
 def parse_messages(messages):
@@ -900,8 +875,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self, path):
         """Find out what is asked for. Raises HttpError, ProtocolError."""
-        model = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else None
-        method = PATHS.get("/v1/models" if model else path)
+        method = PATHS.get(path)
         if method is None:
             raise HttpError(404, f"Invalid URL ({self.command} {path[:100]})")
         if self.command != method:
@@ -914,7 +888,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif method == "POST":
             self.complete(self.read_token(), path == "/v1/chat/completions")
         else:
-            self.list_models(self.read_token(), model)
+            self.list_models(self.read_token())
 
     def read_token(self):
         """The access token that the client sent. Raises HttpError."""
@@ -944,20 +918,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ProtocolError as error:
             raise HttpError(400, f"the body is not JSON: {error.detail}", "invalid_json") from None
 
-    def list_models(self, token, name):
-        """The one model that there is, in a list or alone."""
+    def list_models(self, token):
+        """The one model that there is."""
         with self.server.pool.session(token) as session:
-            self.check_model(session, name)
-            asset = session.ready["asset"]
-        now = int(time.time())
-        model = {"id": asset, "object": "model", "created": now, "owned_by": "muenclave"}
-        self.reply(200, model if name else {"object": "list", "data": [model]})
-
-    def check_model(self, session, name):
-        """Raise HttpError if a model was named that is not the enclave's."""
-        if name not in (None, session.ready["asset"]):
-            text = f"The model `{name[:100]}` does not exist or you do not have access to it."
-            raise HttpError(404, text, "model_not_found", "model")
+            facts = {"id": session.ready["asset"], "object": "model", "owned_by": "muenclave"}
+        self.reply(200, {"object": "list", "data": [facts | {"created": int(time.time())}]})
 
     def complete(self, token, is_chat):
         """Both kinds of completion, whole or as a stream."""
@@ -968,7 +933,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 server.count(f"requests_{name}")
                 until.callback(server.count, f"requests_{name}", -1)
             session = stack.enter_context(server.pool.session(token))
-            self.check_model(session, fields["model"])
+            if fields["model"] != session.ready["asset"]:
+                text = f"The model `{fields['model'][:100]}` does not exist here"
+                raise HttpError(404, text, "model_not_found", "model")
             stack.callback(self.count_tokens, session)
             pieces = session.generate(request, server.vocabulary, stops, self.is_gone)
             stack.enter_context(contextlib.closing(pieces))
@@ -1135,7 +1102,6 @@ def serve(server, what):
 
 HELP = "/tokens N prompt: an answer of at most N tokens; /reset: forget the talk; quit: leave"
 BAR = 20  # characters
-FORGETTABLE = ("prompt_too_long", "too_many_tokens")
 
 
 def say(text):
@@ -1199,25 +1165,17 @@ def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
 def answer_turn(pool, token, options, turns, prompt, limit):
     """Answer a prompt within the talk, with a status line. Returns the talk after it.
 
-    What no longer fits is forgotten from its beginning. Raises ProtocolError.
+    Raises ProtocolError.
     """
-    while True:
-        before, start = options.inlet.received, time.monotonic()
-        try:
-            text, final = ask(pool, token, options, turns, prompt, limit, show_piece)
-        except ProtocolError as error:
-            if error.code not in FORGETTABLE or not turns or options.raw:
-                raise
-            turns = turns[2:]
-            dim("(the talk no longer fits: its oldest turn is forgotten)")
-            continue
-        print(flush=True)
-        count, used = final["usage"]["completion_tokens"], options.inlet.received - before
-        speed = count / (time.monotonic() - start)
-        left, reason = final["budget_left"], final["finish_reason"]
-        dim(f"[{reason}: {count} tokens, {speed:.1f} tok/s; egress {used:,} bytes, {left:,} left]")
-        asked = {"role": "user", "content": prompt}
-        return [*turns, asked, {"role": "assistant", "content": text}]
+    before, start = options.inlet.received, time.monotonic()
+    text, final = ask(pool, token, options, turns, prompt, limit, show_piece)
+    print(flush=True)
+    count, used = final["usage"]["completion_tokens"], options.inlet.received - before
+    speed = count / (time.monotonic() - start)
+    left, reason = final["budget_left"], final["finish_reason"]
+    dim(f"[{reason}: {count} tokens, {speed:.1f} tok/s; egress {used:,} bytes, {left:,} left]")
+    asked = {"role": "user", "content": prompt}
+    return [*turns, asked, {"role": "assistant", "content": text}]
 
 
 def chat_loop(pool, token, options):
@@ -1283,9 +1241,8 @@ def read_prompts(path):
 
     def parse(data):
         text = data.decode("utf-8")
-        if not text.lstrip().startswith("["):
-            return [line for line in text.splitlines() if line.strip()]
-        prompts = json.loads(text)
+        lines = [line for line in text.splitlines() if line.strip()]
+        prompts = json.loads(text) if text.lstrip().startswith("[") else lines
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("a JSON list of strings is wanted")
         return prompts
@@ -1443,21 +1400,14 @@ def address_of(text):
 REACH = "host port rate-kb "
 VERIFY = REACH + "reference expected-measurement psk model allow-unconfined "
 OWN = VERIFY + "key passphrase-file development "
-SAMPLE = "max-tokens temperature top-p top-k seed stop "
+LEASE = "token-file budget rate burst expiry"
+TALK = VERIFY + "token-file vocabulary max-tokens temperature top-p top-k seed stop system raw "
 VERBS = {  # verb: function, help, flags
-    "chat": (
-        run_chat,
-        "talk to the model (what is done without a verb), or answer a file of prompts",
-        VERIFY + SAMPLE + "token-file vocabulary prompts-file output-file system raw",
-    ),
+    "chat": (run_chat, "talk to the model (the default)", TALK + "prompts-file output-file"),
     "serve": (run_serve, "OpenAI-compatible HTTP API", VERIFY + "listen vocabulary sessions"),
     "relay": (run_relay, "plain metered TCP relay to the enclave", REACH + "listen"),
     "attest": (run_attest, "verify the enclave and print every check", VERIFY + "role json"),
-    "unlock": (
-        run_unlock,
-        "verify the enclave, then release the weights key with a lease",
-        OWN + "token-file budget rate burst expiry",
-    ),
+    "unlock": (run_unlock, "verify, then release the weights key with a lease", OWN + LEASE),
     "status": (run_owner, "ask an unlocked enclave how it is", OWN),
     "lock": (run_owner, "end the lease", OWN),
     "revoke": (run_owner, "strike an access token from the lease", OWN + "token-file token-hash"),
@@ -1546,16 +1496,13 @@ def given_token(options):
 def given_reference(options):
     """Reference values, from a file or a measurement alone. Raises Failure."""
     expected = options.expected_measurement
-    if options.reference is None and expected is None:
-        raise Failure("nothing to verify against: --reference FILE or --expected-measurement HASH")
-    if not mp.is_hex(32)(expected or "0" * 64):
-        raise Failure("--expected-measurement: 64 hexadecimal characters are wanted, lower case")
-    if options.reference is None:
-        facts = {"version": 1, "kind": "psk", "root": "psk", "withdrawn": []}
-        return facts | {"measurement": expected}
-    reference = read_reference(options.reference)
+    facts = {"version": 1, "kind": "psk", "root": "psk", "withdrawn": [], "measurement": expected}
+    reference = read_reference(options.reference) if options.reference else facts
     if expected not in (None, reference["measurement"]):
         raise Failure(f"--expected-measurement is not that of {options.reference}")
+    if not mp.is_hex(32)(reference["measurement"]):
+        text = "nothing to verify against: --reference FILE, or --expected-measurement HASH"
+        raise Failure(f"{text} (64 hexadecimal characters, lower case)")
     return reference
 
 
