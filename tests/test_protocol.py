@@ -609,6 +609,13 @@ class SealedContainer(unittest.TestCase):
         self.assertEqual(len(nonces), 600)
         self.assertEqual({len(nonce) for nonce in nonces}, {12})
 
+    def test_places_of_the_chunks(self):
+        container = mp.Container(self.sealed[mp.PREFIX : self.start])
+        ends = [b"\0" * 10 + bytes([index, index == 3]) for index in range(4)]
+        places = [(self.start + i * 4112, i * 4096, 4096 if i < 3 else 100) for i in range(4)]
+        expected = [(*place, end) for place, end in zip(places, ends)]
+        self.assertEqual([container.chunk(index) for index in range(4)], expected)
+
     def test_header_that_contradicts_itself(self):
         entry = {"path": "a", "offset": 0, "size": 10}
         wrong = (
@@ -616,6 +623,7 @@ class SealedContainer(unittest.TestCase):
             {"chunks": 3},
             {"length": len(self.PLAIN) + 4096},
             {"files": [entry, entry]},
+            {"files": [entry, entry | {"offset": 10}]},
             {"files": [entry, entry | {"path": "b", "offset": 9}]},
             {"files": [entry | {"offset": len(self.PLAIN) - 9}]},
             {"files": [entry | {"path": "../a"}]},
@@ -869,6 +877,12 @@ class Meter(unittest.TestCase):
         if wait:
             self.assertFalse(meter.take(512, now + wait - 1))
         self.assertTrue(meter.take(512, now + wait))
+
+    def test_credit_is_exact_to_the_nanosecond(self):
+        meter = mp.Meter(1, 10, 0)
+        self.assertFalse(meter.take(1, mp.NANOSECOND - 1))
+        self.assertTrue(meter.take(1, mp.NANOSECOND))
+        self.assertFalse(meter.take(1, mp.NANOSECOND))
 
     def test_full_use_of_the_rate(self):
         meter, now, taken = mp.Meter(5120, 32768, 0), 0, 0

@@ -1,8 +1,9 @@
 """From a fresh clone to an answer out of the enclave: python3 tools/quickstart.py "a prompt".
 
 Makes .venv, trains and caches a small demo model, seals it, starts the enclave, verifies it,
-unlocks it with an explicit budget, answers the prompt, and chats if there is a terminal. All that
-it makes lies in .venv and .quickstart. What it started, it ends. Standard library only.
+unlocks it with an explicit budget, answers the prompt, and chats if there is a terminal. What it
+makes lies in .venv, in .quickstart and, for the model, in the user's cache; what it starts, it
+ends. Standard library only.
 """
 
 import argparse
