@@ -55,6 +55,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # loading o
 TENSOR_ALIGNMENT = 64  # of tensor data in the plaintext: engines map it and compute in place
 SCRYPT = {"n": 1 << 17, "r": 8, "p": 1}  # half a second and 128 MiB a guess
 SCRYPT_MEMORY = 256 << 20
+LONGEST_PASSPHRASE = 4096  # bytes, its line's end included
 LONGEST_TOKEN = (1 << 16) - 1  # bytes; the table's lengths have two
 VOCABULARY_LIMIT = 1 << 24
 SHUFFLES = 3  # how often every token id is decoded, each time among others
@@ -247,25 +248,27 @@ def check_table(path, tokenizer, table, fallback):
     answer follows a prompt: some decoders drop a space at the very start of a text.
     """
     letter = tokenizer.encode("a", add_special_tokens=False).ids
+    before = tokenizer.decode(letter).encode()
     draw = random.Random(0)
     runs = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     if None not in fallback:
         runs += [[fallback[byte] for byte in text.encode()] for text in TEXTS if fallback]
     ids = [number for number in range(len(table)) if number not in fallback]
+    runs += [[number] for number in ids]
     for _ in range(SHUFFLES):
         draw.shuffle(ids)
         runs += [ids[at : at + RUN] for at in range(0, len(ids), RUN)]
 
     def texts(ids):
-        data = b"a" + b"".join(table[number] for number in ids)
-        return tokenizer.decode(letter + ids, skip_special_tokens=True), data.decode(
-            "utf-8", "replace"
-        )
+        data = before + b"".join(table[number] for number in ids)
+        wanted = tokenizer.decode(letter + ids, skip_special_tokens=True)
+        return wanted, data.decode("utf-8", "replace")
 
     for run in runs:
         wanted, got = texts(run)
         if wanted != got:
-            parts = [run[at : at + n] for n in (1, 2) for at in range(len(run) - n + 1)]
+            pairs = [run[at : at + n] for n in (1, 2) for at in range(len(run) - n + 1)]
+            parts = [part for part in pairs if not set(part) & set(fallback)]
             part = next((part for part in parts if len(set(texts(part))) > 1), run)
             wanted, got = texts(part)
             raise SealError(
@@ -333,24 +336,28 @@ def encode_key(asset, key, passphrase):
     return mp.encode_json(facts | {"nonce": nonce.hex(), "wrapped": wrapped.hex()}) + b"\n"
 
 
-def open_key(flags, name):
-    """(asset, weights key) of the key file, which is made if there is none. SealError, Failure.
-
-    name: what a new asset is called after.
-    """
-    has_passphrase = flags.passphrase or flags.passphrase_file
+def existing_key(flags):
+    """(asset, weights key) of the key file, or None if there is none. Raises SealError, Failure."""
     if not os.path.lexists(flags.key):
-        asset = flags.asset or new_asset(name)
-        passphrase = new_passphrase(flags.passphrase_file) if has_passphrase else None
-        key = secrets.token_bytes(32)
-        with replacing(flags.key, 0o600, is_new=True) as file:
-            write_all(file, encode_key(asset, key, passphrase))
-        return asset, key
+        return None
     asset, key, is_wrapped = read_key(flags)
     if flags.asset not in (None, asset):
         raise SealError(f"{flags.key} is the key of asset {asset}: another asset needs its own key")
-    if has_passphrase and not is_wrapped:
+    if (flags.passphrase or flags.passphrase_file) and not is_wrapped:
         raise SealError(f"{flags.key} has no passphrase; --rewrap {flags.key} gives it one")
+    return asset, key
+
+
+def make_key(flags, name):
+    """(asset, weights key), both new and in the key file. Raises SealError, Failure.
+
+    name: what the asset is called after, unless the flags name it.
+    """
+    asset, key = flags.asset or new_asset(name), secrets.token_bytes(32)
+    has_passphrase = flags.passphrase or flags.passphrase_file
+    passphrase = new_passphrase(flags.passphrase_file) if has_passphrase else None
+    with replacing(flags.key, 0o600, is_new=True) as file:
+        write_all(file, encode_key(asset, key, passphrase))
     return asset, key
 
 
@@ -372,19 +379,22 @@ def new_asset(name):
 
 
 def passphrase_of(path, prompt):
-    """A passphrase from a private file, or from the terminal. Raises SealError, Failure."""
+    """A passphrase from a private file, or from the terminal. Raises SealError."""
     if path:
-        try:
-            return muproxy.read_file(path, is_private=True).decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise SealError(f"{path}: not UTF-8") from None
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise SealError(f"{path}: others can read it; chmod 600 {path}")
+            try:
+                return file.read(LONGEST_PASSPHRASE).decode().rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise SealError(f"{path}: not UTF-8") from None
     if not sys.stdin.isatty():
         raise SealError("a passphrase is needed, but there is no terminal: see --passphrase-file")
     return getpass.getpass(prompt)
 
 
 def new_passphrase(path):
-    """A new passphrase; a terminal asks twice. Raises SealError, Failure."""
+    """A new passphrase; a terminal asks twice. Raises SealError."""
     first = passphrase_of(path, "new passphrase: ")
     if not first:
         raise SealError("an empty passphrase protects nothing")
@@ -520,9 +530,8 @@ def for_chunks(container, work):
             stop.set()
 
 
-def seal(model, flags, name):
-    """Seal a checked model. name: what a new asset is called after. Returns the container."""
-    asset, key = open_key(flags, name)
+def seal(model, asset, key, flags):
+    """Seal a checked model into its two files. Returns the container."""
     vocabulary = f"{flags.output}.vocab"
     with contextlib.ExitStack() as stack:
 
@@ -549,6 +558,8 @@ def seal(model, flags, name):
 
 def download(repository, folder):
     """Download a model's files from the hub into a plain directory. Raises SealError."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import snapshot_download
 
     print(f"downloading {repository} into {folder}", flush=True)
@@ -564,6 +575,7 @@ def run_seal(flags):
     """Seal a directory, or a model of the hub through a directory that is removed afterwards."""
     began = time.monotonic()
     check_output(flags.output)
+    secret = existing_key(flags)
     folder = pathlib.Path(flags.model)
     is_local = folder.is_dir()
     if not is_local:
@@ -575,7 +587,7 @@ def run_seal(flags):
     if model.left_out:
         print(f"left out: {', '.join(model.left_out)}")
     name = folder.resolve().name if is_local else flags.model.rpartition("/")[2]
-    container = seal(model, flags, name)
+    container = seal(model, *(secret or make_key(flags, name)), flags)
     if not is_local:
         shutil.rmtree(folder)
     seconds = time.monotonic() - began
