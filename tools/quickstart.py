@@ -24,6 +24,7 @@ DEMO, SEALED, KEY = STATE / "demo", STATE / "demo.mus", STATE / "demo.key"
 OWNER_PSK, USER_PSK, TOKEN = STATE / "owner.psk", STATE / "user.psk", STATE / "token"
 REFERENCE, VOCABULARY = STATE / "reference.json", STATE / "demo.mus.vocab"
 LOG = STATE / "enclave.log"
+ASSET = "demo"
 BUDGET = 64 << 10  # bytes the engine may choose: plenty for a chat, a hundredth of the demo model
 RATE = 5120  # bytes a second
 EXPIRY = 24 * 3600  # seconds
@@ -106,7 +107,8 @@ def prepare(python):
     run(python, tools / "demo_model.py", DEMO, failure="can't train the demo model")
     if is_older(SEALED, DEMO) or not (KEY.exists() and VOCABULARY.exists()):
         tell(3, f"Sealing it into {SEALED}; the weights key goes to {KEY}")
-        run(python, tools / "seal.py", DEMO, SEALED, "--key", KEY, failure="can't seal the model")
+        seal = (tools / "seal.py", DEMO, SEALED, "--key", KEY, "--asset", ASSET)
+        run(python, *seal, failure="can't seal the model")
     else:
         tell(3, f"Sealed model: cached ({SEALED})")
     tell(4, f"Secrets for owner and user, and an access token: in {STATE}, readable by you only")
