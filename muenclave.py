@@ -953,7 +953,8 @@ WARM_CONFIG = """{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layer
     256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}"""
 WARM_TOKENIZER = b"""{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true}}"""
-WARM_TEMPLATE = b"{% for m in messages %}{{ m.content | trim | tojson }}{% endfor %}"
+WARM_TEMPLATE = rb"""{% set n = namespace(a='\n') %}{% macro f(x) %}{{ x ~ n.a }}{% endmacro %}
+    {% for m in messages %}{{ f(m['content'] | trim | tojson) }}{% endfor %}"""
 
 
 def engine_main(settings, gate, loader):
@@ -1049,6 +1050,7 @@ def build_model(fields, generation, state, device):
 
 def warm_up(model_type, settings):
     """Import and run what the real model will use, on a tiny one: later nothing can be opened."""
+    import jinja2.debug  # noqa: F401  for a template that is wrong
     import torch
     import transformers
 
