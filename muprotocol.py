@@ -274,9 +274,7 @@ SAMPLING = {
 }
 OPTIONS = SAMPLING | {
     "max_new_tokens?": is_integer(1, 1 << 24),
-    "stream?": is_one_of(
-        True, False
-    ),  # ids always stream, text never: accepted for the seed's clients
+    "stream?": is_one_of(True, False),  # without effect: ids always stream, text never does
     "stop?": is_list(is_text(1, 256), 0, 16),  # only for "text": ids are cut where they become text
     "encoding?": is_one_of("ids", "text"),
     "date?": is_text(1, 64),  # what a chat template may print, since it gets no clock
