@@ -704,7 +704,10 @@ def encode_vocabulary(table):
 
 
 class TextCutter:
-    """Turns ids into text at character boundaries and ends it before the first stop string."""
+    """Turns ids into text at character boundaries and ends it before a stop string.
+
+    Of several the one that is complete first counts, so that it does not matter how ids arrive.
+    """
 
     def __init__(self, vocabulary, stops=()):
         self._table = vocabulary.table
@@ -719,10 +722,10 @@ class TextCutter:
             return ""
         data = b"".join(self._table[token] for token in ids)
         text = self._held + self._decoder.decode(data, last)
-        ends = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        ends = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
         if ends:
             self.stopped = True
-            return text[: min(ends)]
+            return text[: min(ends)[1]]
         keep = 0 if last else self._possible_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
