@@ -16,11 +16,10 @@ What the bound rests on is init, gate and loader. The engine may be wrong in eve
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import mmap
 import os
@@ -38,6 +37,7 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata, util
 
 import muprotocol as mp
 from muprotocol import ProtocolError
@@ -45,15 +45,16 @@ from muprotocol import ProtocolError
 # ==== settings and measurement
 
 CONFIG_FILE = "/etc/muenclave.conf"
-DEFAULTS = """
+SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_RATE=5120  ENCLAVE_BURST=32768
 ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8  ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu
 ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp
 """
+DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
+LEVELS = ("full", "seccomp", "none")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
-MODULES = ("muenclave.py", "muprotocol.py")
-MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "run", "usr/lib/muenclave/extras")
+LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
 
 
 class StartError(Exception):
@@ -63,28 +64,30 @@ class StartError(Exception):
 def read_settings(flags, path=CONFIG_FILE):
     """Settings by environment name: flags override the environment, which overrides the file.
 
-    Raises StartError for an unreadable file, an unknown name or a value that is no number.
+    Raises StartError for an unreadable file, an unknown name or a value out of range.
     """
-    defaults = dict(word.split("=") for word in DEFAULTS.split())
-    environment = {name: os.environ[name] for name in defaults if name in os.environ}
-    values = defaults | read_config(path) | environment | flags
+    environment = {name: os.environ[name] for name in DEFAULTS if name in os.environ}
+    values = DEFAULTS | read_config(path) | environment | flags
     for name, value in values.items():
-        if name not in defaults:
+        if name not in DEFAULTS:
             raise StartError(f"{path}: unknown setting {name!r}")
         is_number = re.fullmatch("[0-9]{1,15}", value) is not None
-        if defaults[name].isdigit() and not (is_number and int(value) >= LEAST.get(name, 0)):
+        if DEFAULTS[name].isdigit() and not (is_number and int(value) >= LEAST.get(name, 0)):
             raise StartError(f"{name}: {value!r} is not a number from {LEAST.get(name, 0)} up")
+    for name, known in (("ENCLAVE_CONFINEMENT", LEVELS), ("ENCLAVE_EVIDENCE", EVIDENCE)):
+        if values[name] not in known:
+            raise StartError(f"{name} must be one of {', '.join(known)}")
     return values
 
 
 def read_config(path):
-    """The KEY=value lines of a file, {} if there is none. Raises StartError."""
-    if not os.path.exists(path):
+    """The KEY=value lines of a file; {} if there is none at the usual place. StartError."""
+    if path == CONFIG_FILE and not os.path.exists(path):
         return {}
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip() and line[0] != "#"]
-        return dict(re.fullmatch(r"(\w+)\s*=\s*(.*)", line).groups() for line in lines)
+            lines = [line for line in map(str.strip, file) if line and line[0] != "#"]
+        return dict(re.fullmatch(r"(\w+)\s*=\s*([^\0]*)", line).groups() for line in lines)
     except (OSError, UnicodeDecodeError, AttributeError):
         raise StartError(f"can't read {path}: it must hold KEY=value lines") from None
 
@@ -94,37 +97,13 @@ def local_manifest():
 
     It says which code a development enclave claims to run; only a measured boot proves it.
     """
-    folder = os.path.dirname(os.path.abspath(__file__))
-    files = {name: _file_hash(os.path.join(folder, name)) for name in MODULES}
-    found = importlib.metadata.distributions()
-    packages = {str(d.metadata["Name"]).lower(): d.version for d in found}
-    version = platform.python_version()
-    return {"kind": "local", "files": files, "python": version, "packages": packages}
-
-
-def root_manifest(root, kernel, command_line):
-    """The manifest of a guest: (path, mode, SHA-256) of its root file system, kernel, command line.
-
-    What is mounted at run time is left out by name, so that image and running guest agree.
-    """
-    files = []
-    for folder, folders, names in os.walk(root):
-        if os.path.relpath(folder, root) in MOUNT_POINTS:
-            folders.clear()
-            continue
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for path in (os.path.join(folder, name) for name in names + links):
-            is_link = os.path.islink(path)
-            target = os.fsencode(os.readlink(path)) if is_link else b""
-            content = hashlib.sha256(target).hexdigest() if is_link else _file_hash(path)
-            files.append([os.path.relpath(path, root), f"{os.lstat(path).st_mode:o}", content])
-    files.sort()
-    return {"kind": "root", "files": files, "kernel": kernel, "command_line": command_line}
-
-
-def _file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    files = {}
+    for name in ("muenclave.py", "muprotocol.py"):
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "rb") as file:
+            files[name] = hashlib.sha256(file.read()).hexdigest()
+    packages = {str(d.metadata["Name"]).lower(): d.version for d in metadata.distributions()}
+    facts = {"files": files, "python": platform.python_version(), "packages": packages}
+    return {"kind": "local"} | facts
 
 
 # ==== confinement
@@ -132,40 +111,35 @@ def _file_hash(path):
 # the C library falls back to clone, whose flags a filter can see.
 
 UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
-ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, AUDIT_ARCH
+# Column in SYSCALLS, AUDIT_ARCH, seccomp's own number. aarch64 is untested.
+ARCHITECTURES = {"x86_64": (1, 0xC000003E, 317), "aarch64": (2, 0xC00000B7, 277)}
+# Name, number on x86-64, number on aarch64 (-1: none), who may call it (gate, loader, engine), and
+# a condition: argument & mask == value. clone makes threads (CLONE_THREAD), no processes; sendto
+# does not connect (MSG_FASTOPEN). ioctl makes a socket non-blocking (FIONBIO), setsockopt sets
+# SO_SNDTIMEO; fcntl seals and duplicates, and sends no signals (F_SETSIG). No new mapping of gate
+# and loader is executable; torch compiles its CPU kernels at run time, so the engine's may be.
 SYSCALLS = """
-read 0 63, write 1 64, close 3 57, fstat 5 80, poll 7 -1, lseek 8 62, mmap 9 222, mprotect 10 226,
-munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
-ioctl 16 29, sched_yield 24 124, mremap 25 216, madvise 28 233, getpid 39 172, sendto 44 206,
-recvfrom 45 207, sendmsg 46 211, recvmsg 47 212, shutdown 48 210, getsockname 51 204,
-setsockopt 54 208, getsockopt 55 209, clone 56 220, exit 60 93, fcntl 72 25, ftruncate 77 46, gettid 186 178,
-futex 202 98, sched_getaffinity 204 123, clock_gettime 228 113, clock_nanosleep 230 115,
-exit_group 231 94, newfstatat 262 79, ppoll 271 73, set_robust_list 273 99, accept4 288 242,
-preadv2 327 286, getrandom 318 278, seccomp 317 277, rseq 334 293, clone3 435 435
+read 0 63 gle, write 1 64 gle, close 3 57 gle, fstat 5 80 gle, lseek 8 62 gle, munmap 11 215 gle,
+brk 12 214 gle, rt_sigaction 13 134 gle, rt_sigprocmask 14 135 gle, rt_sigreturn 15 139 gle,
+sched_yield 24 124 gle, mremap 25 216 gle, madvise 28 233 gle, getpid 39 172 gle,
+recvfrom 45 207 gle, exit 60 93 gle, gettid 186 178 gle, futex 202 98 gle,
+sched_getaffinity 204 123 gle, restart_syscall 219 128 gle, clock_gettime 228 113 gle,
+clock_nanosleep 230 115 gle, exit_group 231 94 gle, set_robust_list 273 99 gle,
+getrandom 318 278 gle, rseq 334 293 gle, poll 7 -1 ge, ppoll 271 73 ge, recvmsg 47 212 ge,
+accept4 288 242 g, shutdown 48 210 g, getsockopt 55 209 g, getsockname 51 204 g,
+preadv2 327 286 l, ftruncate 77 46 l, sendmsg 46 211 l, mmap 9 222 e, mprotect 10 226 e,
+mmap 9 222 gl 2 4 0, mprotect 10 226 gl 2 4 0, clone 56 220 gle 0 0x10000 0x10000,
+sendto 44 206 gle 3 0x20000000 0, ioctl 16 29 g 1 0xFFFFFFFF 0x5421,
+setsockopt 54 208 g 2 0xFFFFFFFF 21, fcntl 72 25 l 1 0xFFFFFFF0 0x400
 """
-# A rule is None (allow) or (argument, mask, value): allow if argument & mask == value.
-EVERYWHERE = dict.fromkeys(
-    "read write close fstat lseek munmap brk rt_sigaction rt_sigprocmask rt_sigreturn sched_yield "
-    "mremap madvise getpid sendto recvfrom sendmsg recvmsg exit gettid futex sched_getaffinity "
-    "clock_gettime clock_nanosleep exit_group set_robust_list getrandom rseq".split()
-) | {"clone": (0, 0x10000, 0x10000)}  # CLONE_THREAD: threads, never processes
-NO_EXECUTE = {"mmap": (2, mmap.PROT_EXEC, 0), "mprotect": (2, mmap.PROT_EXEC, 0)}
-FIONBIO = {"ioctl": (1, 0xFFFFFFFF, 0x5421)}  # how Python makes a socket non-blocking
-GATE_SOCKETS = "accept4 poll ppoll shutdown setsockopt getsockopt getsockname".split()
-RULES = {  # torch compiles its CPU kernels at run time: the engine alone may map executable memory
-    "gate": EVERYWHERE | NO_EXECUTE | FIONBIO | dict.fromkeys(GATE_SOCKETS),
-    "loader": EVERYWHERE | NO_EXECUTE | dict.fromkeys("preadv2 ftruncate fcntl".split()),
-    "engine": EVERYWHERE | dict.fromkeys("mmap mprotect poll ppoll fcntl".split()),
-}
+CLONE3 = 435  # on both
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
-EPERM, ENOSYS = 1, 38
 
 
 def libc():
     """The C library; its results are checked by `check`."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
-    library.syscall.restype = ctypes.c_long
     return library
 
 
@@ -179,7 +153,8 @@ def drop_privileges(role, level):
     """Give up user, groups, capabilities and core dumps; die with init.
 
     Single-threaded, since these are per thread. level: "full" changes to the role's own uid,
-    "seccomp" keeps it, "none" changes nothing. Raises OSError.
+    "seccomp" keeps it, "none" changes nothing. Raises OSError. An init that has died before
+    PR_SET_PDEATHSIG is found out by the first use of a socket.
     """
     if level == "none":
         return
@@ -194,28 +169,25 @@ def drop_privileges(role, level):
         os.setresgid(*[UIDS[role]] * 3)
         os.setresuid(*[UIDS[role]] * 3)
     check(library.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
-    check(library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
-    check(library.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")
-    check(library.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+    options = {PR_SET_PDEATHSIG: signal.SIGKILL, PR_SET_DUMPABLE: 0, PR_SET_NO_NEW_PRIVS: 1}
+    for option, value in options.items():
+        check(library.prctl(option, value, 0, 0, 0), f"prctl {option}")
 
 
-def filter_program(rules, machine):
-    """The seccomp filter of an allow-list, as bytes of classic BPF, 8 for each instruction."""
-    column, audit = ARCHITECTURES[machine]
-    rows = [entry.split() for entry in SYSCALLS.replace("\n", " ").split(",")]
-    numbers = {row[0]: int(row[column]) for row in rows}
+def filter_program(role, machine):
+    """The seccomp filter of a role, as bytes of classic BPF, 8 for each instruction."""
+    column, audit, _ = ARCHITECTURES[machine]
     load, equal, mask_with, give = 0x20, 0x15, 0x54, 0x06
-    allow, refuse, absent = 0x7FFF0000, 0x50000 | EPERM, 0x50000 | ENOSYS
+    allow, refuse, absent = 0x7FFF0000, 0x50001, 0x50026  # EPERM is 1, ENOSYS 38
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, refuse), (load, 0, 0, 0)]
-    program += [(equal, 0, 1, numbers["clone3"]), (give, 0, 0, absent)]
-    for name, rule in rules.items():
-        if rule is None:
-            program += [(equal, 0, 1, numbers[name] & 0xFFFFFFFF), (give, 0, 0, allow)]
-            continue
-        argument, mask, value = rule
-        program += [(equal, 0, 5, numbers[name]), (load, 0, 0, 16 + 8 * argument)]
-        program += [(mask_with, 0, 0, mask), (equal, 0, 1, value), (give, 0, 0, allow)]
-        program += [(give, 0, 0, refuse)]
+    program += [(equal, 0, 1, CLONE3), (give, 0, 0, absent)]
+    for fields in map(str.split, SYSCALLS.split(",")):
+        if role[0] in fields[3]:
+            argument, mask, value = (int(field, 0) for field in fields[4:] or "000")
+            number = int(fields[column]) & 0xFFFFFFFF
+            program += [(equal, 0, 5, number), (load, 0, 0, 16 + 8 * argument)]
+            program += [(mask_with, 0, 0, mask), (equal, 0, 1, value)]
+            program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     program.append((give, 0, 0, refuse))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
@@ -224,12 +196,11 @@ def confine(role, level):
     """Install the role's filter on every thread of this process. Raises OSError."""
     if level == "none":
         return
-    code = filter_program(RULES[role], platform.machine())
-    buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
-    number = {"x86_64": 317, "aarch64": 277}[platform.machine()]
-    mode_filter, for_all_threads = 1, 1
-    result = libc().syscall(number, mode_filter, for_all_threads, ctypes.c_char_p(header))
+    machine, mode_filter, all_threads = platform.machine(), 1, 1
+    code = ctypes.create_string_buffer(filter_program(role, machine))
+    header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(code))
+    seccomp = ARCHITECTURES[machine][2]
+    result = libc().syscall(seccomp, mode_filter, all_threads, ctypes.c_char_p(header))
     check(result, "the system call filter")
 
 
@@ -241,26 +212,28 @@ def confine(role, level):
 LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended")
 DRAIN_SECONDS = 60  # from SIGTERM to the end of running answers
 KEPT = ("PYTHONPATH", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+WITHHELD = {"gate": (), "loader": ("_PSK",), "engine": ("_PSK", "_PATH")}  # ends of names
 
 
 def init_main(settings):
     """Run the enclave until its gate ends. Returns the exit status. Raises StartError."""
     if settings["ENCLAVE_CONFINEMENT"] != "none" and platform.machine() not in ARCHITECTURES:
         raise StartError("this machine has no seccomp filter for us; see --unconfined")
+    if settings["ENCLAVE_CONFINEMENT"] == "full" and os.getuid() != 0:
+        raise StartError("ENCLAVE_CONFINEMENT=full needs root, to give each process its own uid")
     for name in ("cryptography", "torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
+        if util.find_spec(name) is None:
             raise StartError(f"{name} is not installed; pip install 'muenclave[inference]'")
     environment = {name: os.environ[name] for name in KEPT if name in os.environ} | settings
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"TORCHINDUCTOR_CACHE_DIR": "/nonexistent"}  # else torch wants a writable /tmp
+    environment["TORCHINDUCTOR_CACHE_DIR"] = "/proc"  # torch wants a folder: one that stays empty
     wake, wake_up = socket.socketpair()
     wake_up.setblocking(False)
     signal.set_wakeup_fd(wake_up.fileno())
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
-    status = None
-    while status is None:
-        status = supervise(environment, wake)
+    while (status := supervise(environment, wake)) is None:
+        pass  # its gate has locked itself, and is to be started afresh
     print("muenclave: stopped", file=sys.stderr, flush=True)
     return status
 
@@ -270,29 +243,32 @@ def supervise(environment, wake):
     control, for_gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     gate, helpers, heard, timeout = spawn("gate", environment, for_gate), [], set(), None
     message = b" "
-    while message:
-        ready, _, _ = select.select([control, wake], [], [], timeout)
-        if wake in ready:  # a signal: the gate drains; a second one ends it
-            wake.recv(64)
-            gate.terminate()
-            timeout = DRAIN_SECONDS if timeout is None else 0
-        if not ready or timeout == 0:
-            break
-        if control not in ready:
-            continue
-        message = control.recv(512)
-        letter = message[:1]
-        if letter in (b"s", b"k"):
-            end(helpers)
-            helpers = start_helpers(control, environment) if letter == b"s" else []
-        elif letter == b"l":
-            port = f" {int.from_bytes(message[2:4], 'big')}" if message[1] == 0 else ""
-            print(f"muenclave: {LOG[message[1]]}{port}", file=sys.stderr, flush=True)
-        elif letter == b"e" and b"r" not in heard:
-            raise StartError(message[1:].decode("utf-8", "replace"))
-        heard.add(letter)
-    control.close()
-    end([*helpers, gate])
+    try:
+        while message:
+            ready, _, _ = select.select([control, wake], [], [], timeout)
+            if wake in ready:  # a signal: the gate drains; a second one ends it
+                wake.recv(64)
+                gate.terminate()
+                timeout = DRAIN_SECONDS if timeout is None else 0
+            if not ready or timeout == 0:
+                break
+            message = control.recv(512) if control in ready else b" "
+            letter = message[:1]
+            if letter in (b"s", b"k"):
+                end(helpers)
+                helpers = start_helpers(control, environment) if letter == b"s" else []
+            elif letter == b"l":
+                port = f" {int.from_bytes(message[2:4], 'big')}" if message[1] == 0 else ""
+                print(f"muenclave: {LOG[message[1]]}{port}", file=sys.stderr, flush=True)
+            elif letter == b"e" and b"r" not in heard:
+                raise StartError(message[1:].decode("utf-8", "replace"))
+            heard.add(letter)
+    except ConnectionError:
+        pass  # the gate has ended with something unread
+    finally:
+        control.close()
+        end(helpers)
+        end([gate], 0 if message else LEAVE_SECONDS)
     return None if b"a" in heard and timeout is None else int(gate.returncode != 0)
 
 
@@ -300,9 +276,9 @@ def spawn(role, environment, *sockets):
     """Start a process of ours; it inherits these sockets and nothing else."""
     numbers = [connection.fileno() for connection in sockets]
     command = [sys.executable, "-B", os.path.abspath(__file__), f"--{role}", *map(str, numbers)]
-    options = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
-    options |= {"env": environment, "pass_fds": numbers, "start_new_session": True}
-    child = subprocess.Popen(command, **options)
+    given = {k: v for k, v in environment.items() if not k.endswith(WITHHELD[role])}
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=given, pass_fds=numbers, start_new_session=True, **quiet)
     for connection in sockets:
         connection.close()
     return child
@@ -320,11 +296,11 @@ def start_helpers(control, environment):
     return [loader, engine]
 
 
-def end(children):
-    """Kill and reap; a gate that has closed its control socket is about to end by itself."""
+def end(children, seconds=0):
+    """Kill and reap; a gate that has closed its control socket ends by itself, in so many."""
     for child in children:
         try:
-            child.wait(0.5 if child is children[-1] else 0)
+            child.wait(seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -340,10 +316,13 @@ IDLE_SECONDS = 900
 LEAVE_SECONDS = 5  # for the last records before the gate ends
 PAUSE = 0.5  # seconds between two looks at whether the lease has ended
 SHORTEST_TICK = 20_000_000  # ns
-HANDSHAKES = (20, 64)  # a second, and at once
+ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 PIPE_READ = 64 << 10  # bytes taken from the engine at a time
+SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
+GONE = getattr(select, "POLLRDHUP", 0)  # a peer that has closed; a connection shut down
+SHAPING = {"top_p", "top_k", "repetition_penalty"}  # what can't be audited yet
 CORRECTABLE = (*mp.REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 STATES = {  # state: event -> next state
     "locked": {"unlock": "loading", "end": "lease ended"},
@@ -359,7 +338,11 @@ def read_header(path):
         raise StartError("no model; set MODEL_PATH or --model to a sealed model (.mus)")
     try:
         with open(path, "rb") as file:
-            return file.read(mp.header_length(file.read(mp.PREFIX)))
+            size = mp.header_length(file.read(mp.PREFIX))
+            header = file.read(size)
+        if len(header) < size:
+            raise ProtocolError("container_corrupt", "it ends within its header")
+        return header
     except (OSError, ProtocolError) as error:
         raise StartError(f"can't use the model {path}: {error}") from None
 
@@ -384,50 +367,35 @@ class Psk:
 EVIDENCE = {"psk": Psk}
 
 
-class Outlet:
-    """The way out through a meter: whoever sends waits until it has paid for every byte."""
-
-    def __init__(self, meter):
-        self.meter = meter
-        self._turn = threading.Lock()
-
-    def send(self, connection, data):
-        """Write bytes to a socket, in turn. Raises OSError."""
-        with self._turn:
-            while not self.meter.take(len(data), time.monotonic_ns()):
-                time.sleep(self.meter.wait(len(data), time.monotonic_ns()) / mp.NANOSECOND)
-        connection.settimeout(FRAME_SECONDS)
-        connection.sendall(data)
-
-
 class Gate:
     """What all sessions share. `lock` guards every field that changes."""
 
-    def __init__(self, settings, header, evidence, measurement, control):
-        self.settings, self.evidence, self.control = settings, evidence, control
-        self.measurement, self.header = measurement, header
-        self.digest = hashlib.sha256(header).hexdigest()
+    def __init__(self, settings, control):
+        self.settings, self.control = settings, control
+        self.evidence = EVIDENCE[settings["ENCLAVE_EVIDENCE"]](settings)
+        self.header = read_header(settings["MODEL_PATH"])
+        self.digest = hashlib.sha256(self.header).hexdigest()
         self.limit = int(settings["ENCLAVE_SESSIONS"])
-        self.lock = threading.RLock()
-        self.state, self.code = "locked", None  # code: why the lease ended
-        self.account = mp.Account()
+        self.facts = {"measurement": mp.manifest_digest(local_manifest()), "model": self.digest}
+        self.facts["posture"] = {"confinement": settings["ENCLAVE_CONFINEMENT"], "debug": False}
+        self.lock, self.pipe = threading.RLock(), threading.Lock()  # pipe: one message at a time
+        self.state, self.account = "locked", mp.Account()
         self.container = self.key = self.engine = self.vocabulary = None
         self.progress = self.context = self.restarts = 0
-        self.is_draining = False
-        self.replies = {}  # slot: Reply
-        self.sessions = []
+        self.is_draining, self.code = False, None  # code: why the lease ended
+        self.replies = {}  # slot: reply that the engine has not ended
+        self.sessions = {}  # session: None, the oldest first
         rate, burst = int(settings["ENCLAVE_RATE"]), int(settings["ENCLAVE_BURST"])
-        now = time.monotonic_ns()
         # Full at the start: before an unlock, nothing that leaves was chosen by an engine.
-        self.handshakes = Outlet(mp.Meter(rate, burst // 2, now - burst * mp.NANOSECOND))
-        self.cells = Outlet(mp.Meter(rate, burst // 2, now))
+        self.handshakes = mp.Meter(rate, burst, -burst * mp.NANOSECOND)
+        self.cells = mp.Meter(rate, burst, time.monotonic_ns())
         self.set_rate(rate, burst)
 
     def set_rate(self, rate, burst):
         """Split the rate between handshakes and sessions; a tick is a cell's time."""
         now, share = time.monotonic_ns(), rate // HANDSHAKE_SHARE
-        self.handshakes.meter.change(share, burst // 2, now)
-        self.cells.meter.change(rate - share, burst // 2, now)
+        self.handshakes.change(share, burst // 2, now)
+        self.cells.change(rate - share, burst // 2, now)
         self.tick = max(SHORTEST_TICK, mp.CELL * mp.NANOSECOND // (rate - share))
 
     def wait_tick(self):
@@ -440,26 +408,23 @@ class Gate:
 
     def enter(self, event):
         """Follow STATES; False if the state does not know the event."""
-        following = STATES[self.state].get(event)
-        if following is not None:
-            self.state = following
-            self.log(following)
-        return following is not None
+        if event not in STATES[self.state]:
+            return False
+        self.state = STATES[self.state][event]
+        self.log(self.state)
+        return True
 
     def unlock(self, token):
         """Check an unlock token; with a lease, take that and load the weights. ProtocolError."""
         with self.lock:
             if token["model"] != self.digest:
                 raise ProtocolError("wrong_model")
-            container = self.container or mp.Container(self.header)
+            self.container = self.container or mp.Container(self.header)
             key = bytes.fromhex(token["key"])
-            if not container.is_key(key):
+            if not self.container.is_key(key):
                 raise ProtocolError("wrong_key")
-            self.container = container
             if "lease" not in token:
                 return
-            if self.code:
-                raise ProtocolError("lease_refused")
             self.account.add(token["lease"], time.monotonic_ns())
             self.set_rate(token["lease"]["rate"], token["lease"]["burst"])
             self.key = key
@@ -467,47 +432,41 @@ class Gate:
                 threading.Thread(target=self.run_engine, daemon=True).start()
 
     def charge(self, bits):
-        """Take bits from the budget before what they pay for leaves; without them the lease ends."""
+        """Take bits from the budget before what they pay for leaves; too few end the lease."""
         with self.lock:
-            try:
-                self.account.charge(bits)
-            except ProtocolError as error:
-                self.end_lease(error.code)
-                raise
+            if bits > self.account.bits:
+                self.end_lease("lease_ended")
+            self.account.charge(bits)
 
     def end_lease(self, code):
-        """Kill the engine, drop the key, end every answer; the gate then starts afresh.
+        """Kill the engine, drop the key; all sessions end, and the gate then starts afresh.
 
         Python can't be trusted to erase the key: only the end of this process does.
         """
         with self.lock:
-            if not self.enter("end"):
-                return
-            self.code = code
-            self.control.send(b"k")
-            self.key, self.account = None, mp.Account()
-            for reply in self.replies.values():
-                reply.error = code
+            if self.code is None:
+                self.code, self.key, self.account = code, None, mp.Account()
+                self.enter("end")
+                self.control.send(b"k")
 
     def run_engine(self):
         """Load and serve; an engine that dies is loaded afresh within the lease."""
         try:
-            while self.state != "lease ended":
+            while self.code is None and self.restarts <= RESPAWNS:
                 self.load()
-                self.read_engine()
+                with contextlib.suppress(OSError, EOFError, KeyError, ProtocolError):
+                    self.read_engine()
                 with self.lock:
-                    self.control.send(b"k")
                     for reply in self.replies.values():
                         reply.error = reply.error or "engine_lost"
                     self.replies.clear()
                     if self.enter("died"):
                         self.log("engine lost")
                         self.restarts += 1
-                        self.charge(mp.LENGTH_BITS)
-                if self.restarts > RESPAWNS:
-                    raise ProtocolError("lease_ended")
         except ProtocolError as error:
             self.end_lease(error.code)
+        finally:
+            self.end_lease("lease_ended")
 
     def load(self):
         """Start loader and engine; wait until the model can answer. Raises ProtocolError."""
@@ -515,21 +474,20 @@ class Gate:
             self.control.send(b"s")
             _, numbers, _, _ = socket.recv_fds(self.control, 16, 2)
             loader, engine = (socket.socket(fileno=number) for number in numbers)
-            engine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 30, 0))
-            with self.lock:
-                self.engine, self.vocabulary, key = engine, None, self.key or b""
-            loader.sendall(mp.frame(self.header) + mp.frame(key))
-            self.to_engine({"model_type": self.container.fields["model_type"]})
-            while self.vocabulary is None:
-                message = mp.read_frame(loader, mp.MESSAGE_LIMIT)
-                if message[:1] == b"v":
-                    self.vocabulary = mp.Vocabulary(message[1:])
-                elif message[:1] == b"c":
-                    raise ProtocolError("container_corrupt")
+            patience = struct.pack("@ll", FRAME_SECONDS, 0)
+            engine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+            self.engine, self.progress = engine, 0
+            loader.sendall(mp.frame(self.header) + mp.frame(self.key or b""))
+            engine.sendall(mp.frame(self.container.fields["model_type"].encode()))
+            while (message := mp.read_frame(loader, mp.MESSAGE_LIMIT))[:1] == b"p":
                 self.progress = message[1]
+            if message[:1] != b"v":
+                raise ProtocolError("container_corrupt")
+            self.vocabulary = mp.Vocabulary(message[1:])
             kind, _, value = mp.PIPE.unpack(mp.read_exactly(engine, mp.PIPE.size))
         except (EOFError, OSError):
             raise ProtocolError("out_of_memory") from None  # the kernel ended it
+        self.charge(mp.LENGTH_BITS)  # the engine chose the moment and the number
         if kind != mp.LOADED:
             raise ProtocolError(mp.FAILURES[min(value, len(mp.FAILURES) - 1)])
         with self.lock:
@@ -537,35 +495,29 @@ class Gate:
             self.enter("loaded")
 
     def read_engine(self):
-        """Take the engine's messages until it dies, or says what it may not say."""
-        try:
-            while True:
-                data = self.engine.recv(PIPE_READ)
-                data += mp.read_exactly(self.engine, -len(data) % mp.PIPE.size)
-                with self.lock:
-                    for message in mp.PIPE.iter_unpack(data):
-                        self.take_message(*message)
-                if not data:
-                    return
-        except (OSError, EOFError, ProtocolError):
-            return
+        """Take the engine's messages until it ends (OSError, EOFError) or must (see below)."""
+        while True:
+            data = self.engine.recv(PIPE_READ) or mp.read_exactly(self.engine, mp.PIPE.size)
+            data += mp.read_exactly(self.engine, -len(data) % mp.PIPE.size)
+            with self.lock:
+                for message in mp.PIPE.iter_unpack(data):
+                    self.take_message(*message)
 
     def take_message(self, kind, slot, value):
-        """One message of the engine. Raises ProtocolError if it may not say that now."""
-        reply = self.replies.get(slot)
-        if reply is None:
-            raise ProtocolError("bad_message")
+        """One message of the engine. KeyError or ProtocolError if it may not say that now."""
+        reply = self.replies[slot]
         if kind == mp.ID and value < len(self.vocabulary) and reply.limit > 0:
             reply.limit -= 1
-            reply.since = reply.since if reply.ids else time.monotonic_ns()
-            if not reply.is_cancelled:
+            if not reply.ids:
+                reply.due = time.monotonic_ns() + reply.latency
+            if not reply.ending:
                 reply.ids.append(value)
         elif kind == mp.LENGTH and not reply.prompt_tokens and 0 < value <= self.context:
             self.charge(mp.LENGTH_BITS)
             reply.prompt_tokens = value
         elif kind in (mp.END, mp.REFUSED) and value < len(mp.ENDINGS):
             self.charge(mp.ENDING_BITS)
-            reply.ending = mp.ENDINGS[value]
+            reply.ending = reply.ending or mp.ENDINGS[value]
             reply.error = mp.REFUSALS[value] if kind == mp.REFUSED else None
             del self.replies[slot]
         else:
@@ -573,90 +525,87 @@ class Gate:
 
     def open_reply(self, request):
         """Give a request to the engine. Returns the reply that it fills: `ids` that have not left,
-        the oldest of which came at `since` (ns), and `limit` that may still come. ProtocolError.
+        the oldest of which must by `due` (ns), and `limit` that may still come. ProtocolError.
         """
-        shaped = {"top_p", "top_k", "repetition_penalty"} & request.keys()
         with self.lock:
             if self.is_draining or self.code:
                 raise ProtocolError(self.code or "draining")
             if self.state != "ready":
                 raise ProtocolError("engine_lost")
-            if self.account.lease["policy"]["verified"] and (shaped or "seed" not in request):
+            policy = self.account.lease["policy"]
+            if policy["verified"] and (SHAPING & request.keys() or "seed" not in request):
                 raise ProtocolError("policy_refused")
             free = set(range(2 * self.limit)) - self.replies.keys()
             if not free:  # taken by cancelled answers that the engine has not ended yet
                 raise ProtocolError("busy")
-            reply = types.SimpleNamespace(slot=min(free), ids=collections.deque(), since=0)
+            reply = types.SimpleNamespace(slot=min(free), ids=collections.deque(), due=0)
+            reply.latency = policy["latency_ms"] * 10**6
             reply.limit = min(request.get("max_new_tokens", self.context), self.context)
-            reply.ending, reply.error, reply.is_cancelled, reply.prompt_tokens = (
-                None,
-                None,
-                False,
-                0,
-            )
+            reply.ending, reply.error, reply.prompt_tokens = None, None, 0
             self.replies[reply.slot] = reply
-        kept = {k: v for k, v in request.items() if k not in ("stop", "encoding", "stream")}
-        self.to_engine({"seed": secrets.randbits(63)} | kept | {"slot": reply.slot})
+        self.to_engine(reply, {"seed": secrets.randbits(63)} | request | {"slot": reply.slot})
         return reply
 
     def cancel(self, reply):
-        """Have the engine end an answer early; what has not been sent by now never leaves."""
+        """End an answer early; what has not been sent by now never leaves."""
         with self.lock:
-            is_new = not (reply.is_cancelled or reply.ending or reply.error)
-            reply.is_cancelled = True
+            if reply.ids or not reply.ending:
+                reply.ending = "cancelled"
             reply.ids.clear()
-        if is_new:
-            self.to_engine({"cancel": reply.slot})
+        self.to_engine(reply, {"cancel": reply.slot})
 
-    def to_engine(self, value):
-        """Send the engine a message; one that does not take it is as good as dead."""
-        try:
-            self.engine.sendall(mp.frame(mp.encode_json(value)))
-        except OSError:
-            self.control.send(b"k")
+    def to_engine(self, reply, value):
+        """Tell the engine about a reply that it has not ended; if it does not listen, it is dead.
+
+        In order: a slot's next request never overtakes its last cancel.
+        """
+        with self.pipe:
+            engine = self.engine
+            try:
+                if self.replies.get(reply.slot) is reply:
+                    engine.sendall(mp.frame(mp.encode_json(value)))
+            except OSError:
+                engine.shutdown(socket.SHUT_RDWR)
 
     def ready(self):
         """What a session is told at step 3, and an owner who asks for the status."""
         with self.lock:
             lease = self.account.lease or {"id": "", "sequence": 0}
-            status = "ready" if self.state == "ready" else "locked"
-            facts = {"status": status, "model": self.digest, "context": self.context}
-            facts |= {"budget_left": self.account.bits // 8, "restarts": self.restarts}
-            facts |= {name: self.container.fields[name] for name in ("asset", "vocabulary")}
-            return facts | {"lease": lease["id"], "sequence": lease["sequence"]}
+            facts = {name: self.container.fields[name] for name in ("asset", "vocabulary")}
+            facts |= {"status": "ready" if self.state == "ready" else "locked"}
+            facts |= {"model": self.digest, "context": self.context, "restarts": self.restarts}
+            facts |= {"lease": lease["id"], "sequence": lease["sequence"]}
+            return facts | {"budget_left": self.account.bits // 8}
 
 
 class Session:
     """One peer's connection, from its challenge to its last record."""
 
     def __init__(self, gate, connection):
-        self.gate, self.connection = gate, connection
-        self.outlet = gate.handshakes
+        self.gate, self.connection, self.meter = gate, connection, gate.handshakes
         self.role = self.user = self.sealer = self.opener = None
+        self.is_busy = False
 
     def run(self):
         """Serve the peer. One that breaks the protocol hears no more than an error's code."""
         deadline = time.monotonic() + HANDSHAKE_SECONDS
-        try:
-            self.handshake(deadline)
-            self.prove(self.read(deadline, mp.HANDSHAKE_FRAME))
-            self.outlet = self.gate.cells
-            self.await_ready()
-            while True:
-                self.await_frame()
-                self.serve(self.read(time.monotonic() + FRAME_SECONDS))
-        except (OSError, EOFError):
-            pass  # it hung up, or took too long
-        except ProtocolError as error:
-            self.refuse(error)
-        finally:
-            self.connection.close()
-            with self.gate.lock:
-                self.gate.sessions.remove(self)
+        with contextlib.suppress(OSError, EOFError), self.connection:  # it hangs up, or is too slow
+            try:
+                self.handshake()
+                self.prove(self.read(deadline - time.monotonic(), mp.HANDSHAKE_FRAME))
+                self.meter = self.gate.cells
+                self.await_ready()
+                while True:
+                    self.await_frame()
+                    self.serve(self.read(FRAME_SECONDS))
+            except ProtocolError as error:
+                self.refuse(error)
+            finally:
+                with self.gate.lock:
+                    self.gate.sessions.pop(self, None)
 
-    def read(self, deadline, limit=mp.REQUEST_FRAME):
-        """The body of the next message, one record. EOFError for a record that fails."""
-        seconds = deadline - time.monotonic()
+    def read(self, seconds, limit=mp.REQUEST_FRAME):
+        """The body of the next message, one record. EOFError for one that fails."""
         try:
             message = self.opener.open(mp.read_frame(self.connection, limit, seconds))
         except ProtocolError as error:
@@ -665,10 +614,24 @@ class Session:
             raise EOFError("bad_record")
         return message[1]
 
-    def say(self, value):
-        """Send a JSON message, as cells."""
-        for cell in self.sealer.seal_json(value):
-            self.outlet.send(self.connection, cell)
+    def write(self, data):
+        """Pay for bytes and send them; a peer that is gone pays nothing. Raises OSError."""
+        patience = HANDSHAKE_SECONDS if self.meter is self.gate.handshakes else IDLE_SECONDS
+        deadline, wait, is_paid = time.monotonic() + patience, 0, False
+        while not is_paid:
+            if is_readable(self.connection, min(wait, PAUSE), GONE) or time.monotonic() > deadline:
+                raise TimeoutError("the peer is gone, or there was no credit in time")
+            with self.gate.lock:
+                is_paid = self.meter.take(len(data), time.monotonic_ns())
+                wait = self.meter.wait(len(data), time.monotonic_ns()) / mp.NANOSECOND
+        self.connection.settimeout(FRAME_SECONDS)
+        self.connection.sendall(data)
+
+    def say(self, value, kind=mp.JSON_RECORD):
+        """Send a message, JSON or packed ids, as cells."""
+        body = mp.encode_json(value) if kind == mp.JSON_RECORD else value
+        for cell in self.sealer.seal(kind, body):
+            self.write(cell)
 
     def refuse(self, error):
         """Send an error, if there are keys yet: its code, and the limit that was passed."""
@@ -676,37 +639,33 @@ class Session:
             limit = {} if error.limit is None else {"limit": error.limit}
             self.say({"error": error.code} | limit)
 
-    def handshake(self, deadline):
+    def handshake(self):
         """Steps 0 and 1: agree on keys, bind the transcript into evidence."""
         gate, kind = self.gate, self.gate.settings["ENCLAVE_EVIDENCE"]
-        seconds = deadline - time.monotonic()
-        payload = mp.read_frame(self.connection, mp.HANDSHAKE_FRAME, seconds)
+        payload = mp.read_frame(self.connection, mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)
         challenge = mp.parse_message(payload, mp.CHALLENGE)
         if challenge["version"] != mp.VERSION or challenge["evidence"] != kind:
             raise ProtocolError("version_unsupported")
-        share, status = mp.KeyShare(), "locked" if gate.code else gate.state
-        posture = {"confinement": gate.settings["ENCLAVE_CONFINEMENT"], "debug": False}
-        facts = {"measurement": gate.measurement, "nonce": secrets.token_hex(32)}
-        facts |= {"model": gate.digest, "status": status, "posture": posture}
-        answer = mp.encode_json(facts | {"share": share.public.hex()})
+        share, state = mp.KeyShare(), gate.state
+        facts = {"nonce": secrets.token_hex(32), "share": share.public.hex()}
+        facts |= {"status": "locked" if state == "lease ended" else state}
+        answer = mp.encode_json(gate.facts | facts)
         transcript = mp.transcript_hash(payload, answer)
         keys = mp.session_keys(share.agree(bytes.fromhex(challenge["share"])), transcript)
         proof = gate.evidence.produce(challenge["role"], mp.report_data(kind, transcript))
-        self.outlet.send(self.connection, mp.frame(answer) + mp.frame(proof))
-        self.role = challenge["role"]
-        self.opener = mp.Opener(keys["h2e"], mp.REQUEST_FRAME)
+        self.write(mp.frame(answer) + mp.frame(proof))
+        self.role, self.opener = challenge["role"], mp.Opener(keys["h2e"], mp.REQUEST_FRAME)
         self.sealer = mp.Sealer(keys["e2h"], mp.CELL)
 
     def prove(self, body):
         """Step 2: an unlock token from an owner, an access token from a user."""
-        gate = self.gate
         if self.role == "owner":
-            gate.unlock(mp.parse_message(body, mp.UNLOCK))
+            self.gate.unlock(mp.parse_message(body, mp.UNLOCK))
             return
         token = mp.parse_message(body, mp.ACCESS)["token"]
-        with gate.lock:
-            user = gate.account.user(token)
-            if sum(other.user is not None for other in gate.sessions) >= gate.limit - 1:
+        with self.gate.lock:
+            user = self.gate.account.user(token)
+            if sum(bool(other.user) for other in self.gate.sessions) >= self.gate.limit - 1:
                 raise ProtocolError("busy")  # the last place is kept for the owner
             self.user = user
 
@@ -718,30 +677,36 @@ class Session:
                 told = self.gate.progress
                 self.say({"status": "loading", "progress": told})
             self.gate.wait_tick()
-        if self.gate.code:
-            raise ProtocolError(self.gate.code)
+        self.check()
         self.say(self.gate.ready())
 
+    def check(self):
+        """Raise the code with which the session ends, as soon as its lease or its user does."""
+        lease, code = self.gate.account.lease, self.gate.code
+        if code or (self.user and self.user not in lease["users"]):
+            raise ProtocolError(code or "token_refused")
+
     def await_frame(self):
-        """Wait for the first byte of the next message. Raises the code with which a lease ends."""
+        """Wait for the first byte of the next message. Raises the code that ends the session."""
         idle_until = time.monotonic() + IDLE_SECONDS
         while not is_readable(self.connection, PAUSE):
-            if self.gate.code or time.monotonic() > idle_until:
-                raise ProtocolError(self.gate.code or "timeout")
+            self.check()
+            if time.monotonic() > idle_until:
+                raise ProtocolError("timeout")
 
     def serve(self, body):
         """Step 4: a request, or an owner's command. A mistake may be mended by the next one."""
+        self.is_busy = True
         try:
             if self.role == "owner":
                 self.command(mp.parse_message(body, *mp.OWNER))
-                return
-            request = mp.parse_message(body, mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL)
-            if "cancel" not in request:  # which crossed the answer's end
-                self.answer(request)
+            else:
+                self.answer(mp.parse_message(body, mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL))
         except ProtocolError as error:
             if error.code not in CORRECTABLE:
                 raise
             self.refuse(error)
+        self.is_busy = False
 
     def command(self, command):
         """An owner's status, lock or revoke."""
@@ -750,13 +715,12 @@ class Session:
         if "revoke" in command:
             with self.gate.lock:
                 self.gate.account.revoke(command["revoke"])
-                for session in self.gate.sessions:
-                    if session.user == command["revoke"]:
-                        session.connection.shutdown(socket.SHUT_RDWR)
         self.say(self.gate.ready())
 
     def answer(self, request):
         """Step 5: a cell of ids a tick, then the final record, whose every field the gate fills."""
+        if "cancel" in request:
+            return  # it crossed the answer's end
         gate, ticks, sent, text = self.gate, 0, 0, ""
         reply = gate.open_reply(request)
         is_text = request.get("encoding") == "text"
@@ -764,17 +728,19 @@ class Session:
         try:
             while reply.ids or not (reply.ending or reply.error):
                 gate.wait_tick()
-                ticks += 1
+                self.check()
                 gate.charge(1)
-                self.take_cancel(reply)
+                ticks += 1
+                if is_readable(self.connection, 0):  # a cancel is all that may be said now
+                    mp.parse_message(self.read(FRAME_SECONDS), mp.CANCEL)
+                    gate.cancel(reply)
                 ids = self.next_ids(reply)
                 sent += len(ids)
                 text += cutter.feed(ids)
                 if cutter.stopped:
                     gate.cancel(reply)
                 if ids and not is_text:
-                    for cell in self.sealer.seal(mp.IDS_RECORD, gate.vocabulary.pack(ids)):
-                        self.outlet.send(self.connection, cell)
+                    self.say(gate.vocabulary.pack(ids), mp.IDS_RECORD)
         finally:
             gate.cancel(reply)
         if reply.error:
@@ -793,49 +759,38 @@ class Session:
         gate, bits = self.gate, self.gate.vocabulary.bits
         room = mp.CELL_ROOM * 8 // bits
         with gate.lock:
-            lease, now = gate.account.lease, time.monotonic_ns()
-            due = reply.since + (lease["policy"]["latency_ms"] * 1_000_000 if lease else 0)
-            if len(reply.ids) < room and now < due and not (reply.ending or reply.error):
+            is_due = reply.ending or reply.error or time.monotonic_ns() >= reply.due
+            if not reply.ids or (len(reply.ids) < room and not is_due):
                 return []
             ids = [reply.ids.popleft() for _ in range(min(room, len(reply.ids)))]
-            gate.charge(8 * -(-len(ids) * bits // 8))
+            # The engine chose the ids, and by its pace how many of them are in this cell.
+            gate.charge(8 * -(-len(ids) * bits // 8) + room.bit_length())
             return ids
 
-    def take_cancel(self, reply):
-        """All that a peer may say while it is answered. Raises EOFError if it hung up."""
-        if is_readable(self.connection, 0):
-            mp.parse_message(self.read(time.monotonic() + FRAME_SECONDS), mp.CANCEL)
-            self.gate.cancel(reply)
 
-
-def is_readable(connection, seconds):
+def is_readable(connection, seconds, events=select.POLLIN):
     """Whether there is something to read, or the end, within so many seconds (None: at last)."""
     poll = select.poll()
-    poll.register(connection, select.POLLIN)
+    poll.register(connection, events)
     return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def gate_main(settings, control):
     """The gate process, from its first file to its last record."""
-    level = settings["ENCLAVE_CONFINEMENT"]
     try:
-        if settings["ENCLAVE_EVIDENCE"] not in EVIDENCE:
-            raise StartError(f"ENCLAVE_EVIDENCE must be one of {', '.join(EVIDENCE)}")
-        evidence = EVIDENCE[settings["ENCLAVE_EVIDENCE"]](settings)
-        measurement = mp.manifest_digest(local_manifest())
-        header = read_header(settings["MODEL_PATH"])
-        gate = Gate(settings, header, evidence, measurement, control)
+        gate = Gate(settings, control)
         address = (settings["ENCLAVE_BIND"], int(settings["ENCLAVE_PORT"]))
         listener = socket.create_server(address, backlog=256)
-        port = listener.getsockname()[1]
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         mp.warm_up()
-        drop_privileges("gate", level)
-        confine("gate", level)
+        drop_privileges("gate", settings["ENCLAVE_CONFINEMENT"])
+        confine("gate", settings["ENCLAVE_CONFINEMENT"])
     except (StartError, OSError, OverflowError, ImportError) as error:
         control.send(b"e" + str(error).encode()[:500])
         return 1
     control.send(b"r")
-    gate.log("listening", port)
+    gate.log("listening", listener.getsockname()[1])
     gate.log("locked")
     signal.signal(signal.SIGTERM, lambda *_: setattr(gate, "is_draining", True))
     welcome(gate, listener)
@@ -853,23 +808,26 @@ def welcome(gate, listener):
 
     When all places are taken, the oldest peer that has proved nothing makes room.
     """
-    arrivals = mp.Meter(*HANDSHAKES, time.monotonic_ns() - 4 * mp.NANOSECOND)
     while gate.code is None:
-        now = time.monotonic_ns()
-        if gate.is_draining and not gate.replies:
+        now, expires = time.monotonic_ns(), gate.account.expires
+        if gate.is_draining and not any(session.is_busy for session in list(gate.sessions)):
             gate.end_lease("draining")
-        elif gate.account.expires is not None and now >= gate.account.expires:
+        elif expires is not None and now >= expires:
             gate.end_lease("lease_ended")
         if not is_readable(listener, PAUSE):
             continue
-        time.sleep(arrivals.wait(1, now) / mp.NANOSECOND)
-        arrivals.take(1, time.monotonic_ns())
-        session = Session(gate, listener.accept()[0])
+        time.sleep(ACCEPT_PAUSE)
+        try:
+            session = Session(gate, listener.accept()[0])
+        except OSError:
+            continue  # it has gone again, or there are too many
         with gate.lock:
-            strangers = [other for other in gate.sessions if other.opener is None]
-            gate.sessions.append(session)
+            gate.sessions[session] = None
             if len(gate.sessions) > gate.limit:
-                (strangers or gate.sessions[-1:])[0].connection.shutdown(socket.SHUT_RDWR)
+                leaves = next(s for s in gate.sessions if s.meter is gate.handshakes)
+                del gate.sessions[leaves]
+                with contextlib.suppress(OSError):  # it has left already
+                    leaves.connection.shutdown(socket.SHUT_RDWR)
         threading.Thread(target=session.run, daemon=True).start()
 
 
@@ -913,17 +871,15 @@ def unseal(disk, container, cipher, arena, gate):
     memory = mmap.mmap(arena, container.length)
     memory.madvise(mmap.MADV_DONTDUMP)
     workers = min(len(os.sched_getaffinity(0)), container.chunks)
-    told = [0]  # tenths
     with memoryview(memory) as view, ThreadPoolExecutor(workers) as pool:
 
         def work(first):
             private = memoryview(bytearray(container.chunk_size + mp.TAG))
             for index in range(first, container.chunks, workers):
                 unseal_chunk(disk, container, cipher, index, private, view)
-                if first == 0:
-                    tenths = index * 10 // container.chunks
-                    gate.sendall(mp.frame(b"p" + bytes([tenths])) * (tenths > told[0]))
-                    told[0] = tenths
+                tenths, before = (n * 10 // container.chunks for n in (index, index - workers))
+                if first == 0 and tenths > before:
+                    gate.sendall(mp.frame(b"p" + bytes([tenths])))
 
         list(pool.map(work, range(workers)))
     start, size = container.files[mp.VOCABULARY_FILE]
@@ -948,9 +904,11 @@ def unseal_chunk(disk, container, cipher, index, private, arena):
 # Nothing below is trusted with anything but answers. It has the arena and its pipe to the gate.
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
-MASK = 0xF0000  # private-use plane 15: stands for a special token's text inside user text
+PRIVATE = 0xF8000  # private characters from here on stand for added tokens, two for each
+COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 WARM_CONFIG = """{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size":
-    256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}"""
+    256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0}"""
 WARM_TOKENIZER = b"""{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true}}"""
 WARM_TEMPLATE = rb"""{% set n = namespace(a='\n') %}{% macro f(x) %}{{ x ~ n.a }}{% endmacro %}
@@ -962,9 +920,10 @@ def engine_main(settings, gate, loader):
     level, device = settings["ENCLAVE_CONFINEMENT"], settings["ENCLAVE_DEVICE"]
     drop_privileges("engine", level)
     try:
-        warm_up(json.loads(mp.read_frame(gate, mp.HANDSHAKE_FRAME))["model_type"], settings)
+        warm_up(mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode(), settings)
         confine("engine", level)
-        files = map_arena(loader)
+        with loader:
+            files = map_arena(loader)
         generation = read_json(files, "generation_config.json")
         model = build_model(read_json(files, "config.json"), generation, read_state(files), device)
         decoder = Decoder(model, Prompter(files), settings, gate)
@@ -972,8 +931,8 @@ def engine_main(settings, gate, loader):
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
         kinds = {ImportError: "no_engine", MemoryError: "out_of_memory"}
-        failure = mp.FAILURES.index(kinds.get(type(error), "model_invalid"))
-        gate.sendall(mp.PIPE.pack(mp.FAILED, 0, failure))
+        code = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "model_invalid")
+        gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
         return 1
     gate.sendall(mp.PIPE.pack(mp.LOADED, 0, decoder.context))
     return decoder.serve()
@@ -1006,19 +965,16 @@ def read_state(files):
     import torch
     from transformers.modeling_utils import str_to_torch_dtype
 
-    index = read_json(files, "model.safetensors.index.json").get("weight_map")
-    shards = sorted(name for name in files if name.endswith(".safetensors"))
     state, places = {}, {}
-    for shard in shards:
+    for shard in sorted(name for name in files if name.endswith(".safetensors")):
         for name, dtype, shape, start, size in mp.safetensors_entries(files[shard]):
-            dtype, data = str_to_torch_dtype[dtype], files[shard][start : start + size]
-            state[name] = (
-                torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-            )
-            state[name] = state[name].reshape(shape)
             if places.setdefault(name, shard) != shard:
                 raise ValueError("a tensor is in two shards")
-    if places != (index or places) or (index is None and shards != ["model.safetensors"]):
+            dtype, data = str_to_torch_dtype[dtype], files[shard][start : start + size]
+            flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+            state[name] = flat.reshape(shape)
+    index = read_json(files, "model.safetensors.index.json")
+    if places != index.get("weight_map", dict.fromkeys(places, "model.safetensors")):
         raise ValueError("the index does not agree with the shards")
     return state
 
@@ -1030,19 +986,12 @@ def build_model(fields, generation, state, device):
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
-    if "auto_map" in fields:
-        raise ValueError("remote code")
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=config.dtype or next(iter(state.values())).dtype,
-        generation_config=GenerationConfig.from_dict(generation),
-        device_map={"": device},
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    dtype = config.dtype or next(iter(state.values())).dtype
+    options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": {"": device}}
+    options["generation_config"] = GenerationConfig.from_dict(generation)
+    options |= {"local_files_only": True, "output_loading_info": True}
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError("the tensors are not this config's")
     return model.eval()
@@ -1063,7 +1012,7 @@ def warm_up(model_type, settings):
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
     decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
     decoder.take({"prompt": "ab", "slot": 1, "seed": 2, "max_new_tokens": 3})
-    while decoder.is_busy():
+    while decoder.streams:
         decoder.step()
 
 
@@ -1073,96 +1022,96 @@ def warm_up(model_type, settings):
 class Prompter:
     """Turns requests into ids; text from outside never becomes a special token.
 
-    Special tokens' texts inside user text are masked by one private character each, the template
-    is rendered, the result is split at the special tokens that the template itself wrote, and
-    every run between them is unmasked and encoded by a tokenizer that knows no special token.
+    An added token has two private characters: its mask stands for its text inside user text while
+    the template is rendered; its name is all that `tokenizer` knows it by, and is written only
+    where the template wrote its text. Added white space is left alone: it is text, not a mark.
     """
 
     def __init__(self, files):
         from tokenizers import Tokenizer
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        fields = read_json(files, "tokenizer.json")
-        added = {token["content"]: token for token in fields.pop("added_tokens", ())}
-        self.added, self.texts = added, sorted(added, key=len, reverse=True)
-        self.pattern = re.compile(f"({'|'.join(map(re.escape, self.texts)) or '(?!)'})")
         full = Tokenizer.from_str(bytes(files["tokenizer.json"]).decode())
-        self.plain = Tokenizer.from_str(json.dumps(fields | {"post_processor": None}))
+        fields = read_json(files, "tokenizer.json")
+        added = fields.get("added_tokens") or []
+        marks = [token for token in added if token["special"] or not token["content"].isspace()]
+        marks.sort(key=lambda token: len(token["content"]), reverse=True)  # the longest match wins
+        texts = [token["content"] for token in marks]
+        self.masks = {text: chr(PRIVATE + 2 * n) for n, text in enumerate(texts)}
+        self.names = {text: chr(PRIVATE + 2 * n + 1) for n, text in enumerate(texts)}
+        self.unmask = {ord(mask): text for text, mask in self.masks.items()}
+        self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        self.private = re.compile(f"[{chr(PRIVATE)}-{chr(PRIVATE + 2 * len(marks))}]")
+        for token in marks:
+            token["content"] = self.names[token["content"]]
+        self.tokenizer = Tokenizer.from_str(json.dumps(fields))
+        self.ids = {self.tokenizer.token_to_id(t["content"]): t["id"] for t in added}
+        own = self.tokenizer.get_vocab(with_added_tokens=False)
+        new = {token["content"] for token in added} - own.keys()
+        if not set(map(self.tokenizer.token_to_id, new)).isdisjoint(own.values()):
+            raise ValueError("the vocabulary has holes where added tokens would go")
+        unknown = fields["model"].get("unk_id", own.get(fields["model"].get("unk_token")))
+        self.special = {t["id"] for t in added if t["special"]} - self.ids.keys() - {unknown}
+        whole, alone = full.encode("a").ids, full.encode("a", add_special_tokens=False).ids
+        self.prefix = whole[: whole.index(alone[0])] if alone else []
         config = read_json(files, "tokenizer_config.json")
         config |= read_json(files, "special_tokens_map.json")
-        named = {name: token for name, token in config.items() if name.endswith("_token")}
-        texts = {name: t["content"] if isinstance(t, dict) else t for name, t in named.items()}
-        self.variables = {name: t for name, t in texts.items() if isinstance(t, str)}
+        named = {name: t for name, t in config.items() if name.endswith("_token") and t}
+        self.variables = {n: t["content"] if isinstance(t, dict) else t for n, t in named.items()}
         template = bytes(files.get("chat_template.jinja", b"")).decode()
-        self.template = _compile_jinja_template(template or config.get("chat_template", ""))
-        del self.template.environment.globals["strftime_now"]  # a template gets no clock
-        whole, alone = full.encode("a").ids, self.plain.encode("a").ids
-        self.prefix = whole[: whole.index(alone[0])] if alone else []
+        template = template or config.get("chat_template") or ""
+        self.template = _compile_jinja_template(template)
+        self.template.environment.globals.pop("strftime_now", None)  # a template gets no clock
 
     def encode(self, request):
         """The prompt's ids. Raises ValueError, or what a template raises."""
         if "prompt" in request:
-            return self.prefix + self.encode_run(request["prompt"])
-        chat = [m | {"content": self.mask(m["content"])} for m in request["messages"]]
+            return self.prefix + self.to_ids(self.mask(request["prompt"]))
+        pairs = [(m["role"], self.mask(m["content"])) for m in request["messages"]]
+        chat = [{"role": role, "content": content} for role, content in pairs]
         values = self.variables | {"messages": chat, "add_generation_prompt": True}
         if "date" in request:
             values["date_string"] = self.mask(request["date"])
         text = self.template.render(values | {"tools": None, "documents": None})
-        pieces, ids = self.pattern.split(text), []
-        for number, piece in enumerate(pieces):
-            if number % 2:
-                ids.append(self.added[piece]["id"])
-                continue
-            neighbours = [self.added.get(p, {}) for p in ("", *pieces, "")[number : number + 3 : 2]]
-            piece = piece.lstrip() if neighbours[0].get("rstrip") else piece
-            piece = piece.rstrip() if neighbours[1].get("lstrip") else piece
-            ids += self.encode_run(self.unmask(piece))
-        return ids
+        return self.to_ids(self.pattern.sub(lambda found: self.names[found[0]], text))
 
     def mask(self, text):
-        """User text in which no special token's text is left. ValueError if it holds a mask."""
-        if any(MASK <= ord(letter) < MASK + len(self.texts) for letter in text):
-            raise ValueError("the text holds a mask character")
-        return self.pattern.sub(lambda found: chr(MASK + self.texts.index(found[0])), text)
+        """User text in which no added token's text is left. Raises ValueError."""
+        if self.private.search(text):
+            raise ValueError("the text holds a character that stands for an added token")
+        return self.pattern.sub(lambda found: self.masks[found[0]], text)
 
-    def unmask(self, text):
-        """The inverse of `mask`."""
-        masks = {MASK + number: special for number, special in enumerate(self.texts)}
-        return text.translate(masks)
-
-    def encode_run(self, text):
-        """Ids of text without special tokens. Raises ValueError should there be one in them."""
-        ids = self.plain.encode(text, add_special_tokens=False).ids if text else []
-        if any(token["special"] and token["id"] in ids for token in self.added.values()):
+    def to_ids(self, text):
+        """Ids of text with masks and names. ValueError if plain text would be a special token."""
+        ids = self.tokenizer.encode(text.translate(self.unmask), add_special_tokens=False).ids
+        if not self.special.isdisjoint(ids):
             raise ValueError("the text would become a special token")
-        return ids
+        return [self.ids.get(token, token) for token in ids]
 
 
 # -- decoding
 
 
 class SlotCache:
-    """Keys and values of all streams, a row each with positions of its own; to transformers a cache.
+    """Keys and values of all streams, a row each with its own positions; transformers' cache.
 
-    The decoder sets `rows` (a slice), `positions` (rows, tokens) and `span` before each pass.
+    The decoder says before each pass which `rows` and `positions` are written, and how many
+    positions, the `span`, are looked at.
     """
 
     def __init__(self, rows, context):
-        self.shape = (rows, context)
+        self.count, self.context = rows, context
         self.layers = {}
 
     def update(self, keys, values, layer, *_, **__):
         """Store (rows, heads, tokens, size) at the positions; return all that is attended to."""
         if layer not in self.layers:
-            sizes = [
-                (self.shape[0], new.shape[1], self.shape[1], new.shape[3]) for new in (keys, values)
-            ]
-            self.layers[layer] = [keys.new_zeros(size) for size in sizes]
-        stored = [store[self.rows] for store in self.layers[layer]]
-        for store, new in zip(stored, (keys, values), strict=True):
-            index = self.positions.new_tensor(range(len(new)))[:, None]
-            store[index, :, self.positions] = new.transpose(1, 2)
-        return tuple(store[:, :, : self.span] for store in stored)
+            size = (self.count, keys.shape[1], self.context)
+            self.layers[layer] = [new.new_zeros(*size, new.shape[3]) for new in (keys, values)]
+        for store, new in zip(self.layers[layer], (keys, values)):
+            store[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+        first = int(self.rows[0])
+        return tuple(s[first : first + len(self.rows), :, : self.span] for s in self.layers[layer])
 
     def get_seq_length(self, *_):
         """Tokens cached; positions are always given, so it only has to be a number."""
@@ -1172,30 +1121,50 @@ class SlotCache:
 class Decoder:
     """A batch with a row for each stream; requests join and leave it between two tokens.
 
-    A stream: slot, ids (the prompt, then what was sampled), cached (how many of them are in the
-    cache), limit of ids, seed and the sampling options.
+    A stream: slot, row (None while it waits for one), ids (the prompt, then what was sampled),
+    cached (how many of them are in the cache), limit of ids, seed and the sampling options.
     """
 
     def __init__(self, model, prompter, settings, gate):
         config, self.defaults = model.config, model.generation_config
         self.model, self.prompter, self.gate = model, prompter, gate
-        limits = (config.max_position_embeddings, getattr(config, "sliding_window", None))
-        self.context = min(int(settings["ENCLAVE_CONTEXT"]), *filter(None, limits))
-        self.rows = [None] * int(settings["ENCLAVE_SLOTS"])
-        self.cache = SlotCache(len(self.rows), self.context)
-        ends = self.defaults.eos_token_id or config.eos_token_id
+        limits = [int(settings["ENCLAVE_CONTEXT"]), config.max_position_embeddings]
+        windows = ("sliding_window", "attention_chunk_size")  # within which all is attended to
+        limits += [getattr(config, name, None) for name in windows]
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # beyond, a stream would change its neighbours'
+            limits.append(rope["original_max_position_embeddings"])
+        self.context = min(filter(None, limits))
+        ends = self.defaults.eos_token_id
+        ends = config.eos_token_id if ends is None else ends
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self.waiting = collections.deque()
+        self.rows = list(range(int(settings["ENCLAVE_SLOTS"])))  # that are free
+        self.cache = SlotCache(len(self.rows), self.context)
+        self.streams = []  # in the order in which they came
         self.out = bytearray()
+        self.check()
 
-    def is_busy(self):
-        """Whether there is anything to compute."""
-        return bool(self.waiting) or any(self.rows)
+    def check(self):
+        """Raise ValueError unless the model, taken in parts beside other rows, gives the logits of
+        one pass of its own: not every architecture keeps to a cache and positions that are given.
+        """
+        import torch
+
+        ids, row, rtol = list(range(1, 7)), len(self.rows) - 1, torch.finfo(self.model.dtype).eps
+        self.forward(row, [ids[:2]], [0])
+        self.forward(row, [ids[2:5]], [2])
+        parts = self.forward(0, [ids[5:]] * (row + 1), [6] * row + [5])[row:]
+        with torch.inference_mode():
+            tokens = torch.tensor([ids], device=self.model.device)
+            whole = self.model(tokens, use_cache=False).logits[:, -1].float()
+        if not (parts - whole).abs().max() <= whole.abs().max() * rtol**0.5:
+            raise ValueError("the model does not work in a batch")
+        sample([self.stream({"slot": 0, "seed": 0}, ids)], parts)
 
     def serve(self):
         """Take messages and make tokens until the gate is gone."""
         while True:
-            while is_readable(self.gate, 0 if self.is_busy() else None):
+            while is_readable(self.gate, 0 if self.streams or self.out else None):
                 try:
                     self.take(json.loads(mp.read_frame(self.gate, mp.MESSAGE_LIMIT)))
                 except EOFError:
@@ -1207,94 +1176,86 @@ class Decoder:
     def take(self, message):
         """A request or a cancel from the gate."""
         if "cancel" in message:
-            for stream in [*self.waiting, *filter(None, self.rows)]:
-                if stream.slot == message["cancel"]:
-                    self.end(stream, "cancelled")
+            for stream in [s for s in self.streams if s.slot == message["cancel"]]:
+                self.end(stream, "cancelled")
             return
-        slot, wanted = message["slot"], message.get("max_new_tokens", 0)
         try:
             ids = self.prompter.encode(message)
         except Exception:  # noqa: BLE001  templates raise what they like
             ids = []
-        size = len(ids)
-        if not ids or size >= self.context or size + wanted > self.context:
-            refusal = 0 if not ids else 1 if size >= self.context else 2
-            self.out += mp.PIPE.pack(mp.REFUSED, slot, refusal)
+        is_invalid = not ids or max(ids) >= self.model.config.vocab_size
+        size, wanted = len(ids), message.get("max_new_tokens", 0)
+        refusals = (is_invalid, size >= self.context, size + wanted > self.context)
+        if any(refusals):  # the first that is true, as in mp.REFUSALS
+            self.out += mp.PIPE.pack(mp.REFUSED, message["slot"], refusals.index(True))
             return
-        self.out += mp.PIPE.pack(mp.LENGTH, slot, size)
-        stream = types.SimpleNamespace(slot=slot, ids=ids, cached=0, seed=message["seed"])
-        stream.limit = size + wanted if wanted else self.context
-        for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-            default = getattr(self.defaults, name, None)
-            setattr(stream, name, message.get(name, neutral if default is None else default))
-        default = self.defaults.repetition_penalty or 1.0
-        stream.penalty = message.get("repetition_penalty", default)
-        if not self.defaults.do_sample and "temperature" not in message:
-            stream.temperature = 0.0
-        self.waiting.append(stream)
+        self.out += mp.PIPE.pack(mp.LENGTH, message["slot"], size)
+        self.streams.append(self.stream(message, ids))
+
+    def stream(self, request, ids):
+        """A new stream; what the request does not say is said by the model's generation config."""
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        given = {name: getattr(self.defaults, name, None) for name in neutral}
+        options = neutral | {name: value for name, value in given.items() if value is not None}
+        if not self.defaults.do_sample:
+            options["temperature"] = 0.0
+        options |= {name: request[name] for name in neutral if name in request}
+        limit = len(ids) + request.get("max_new_tokens", self.context - len(ids))
+        place = {"slot": request["slot"], "row": None, "ids": ids, "cached": 0, "limit": limit}
+        return types.SimpleNamespace(**place, seed=request["seed"], **options)
 
     def end(self, stream, reason):
-        """Free the stream's place."""
+        """Free the stream's row."""
         self.out += mp.PIPE.pack(mp.END, stream.slot, mp.ENDINGS.index(reason))
-        if stream in self.waiting:
-            self.waiting.remove(stream)
-        else:
-            self.rows[self.rows.index(stream)] = None
+        self.streams.remove(stream)
+        if stream.row is not None:
+            self.rows = sorted([*self.rows, stream.row])  # the lowest first: a step takes them all
 
     def step(self):
         """One chunk of one prompt, then one token for every stream whose prompt is in the cache."""
-        import torch
-
-        while self.waiting and None in self.rows:
-            self.rows[self.rows.index(None)] = self.waiting.popleft()
-        streams = list(filter(None, self.rows))
-        running = [stream for stream in streams if len(stream.ids) == stream.cached + 1]
-        filling = next((stream for stream in streams if stream not in running), None)
-        with torch.inference_mode():
-            if filling is not None:
-                chunk = filling.ids[filling.cached : filling.cached + CHUNK]
-                logits = self.forward(self.rows.index(filling), [chunk], [filling.cached])
-                filling.cached += len(chunk)
-                if filling.cached == len(filling.ids):
-                    self.emit([filling], logits)
-            if running:
-                top = 1 + max(map(self.rows.index, running))
-                rows = [row if row in running else None for row in self.rows[:top]]
-                tokens = [[row.ids[-1] if row else 0] for row in rows]
-                places = [
-                    row.cached if row else other.cached if other else 0
-                    for row, other in zip(rows, self.rows)
-                ]
-                logits = self.forward(0, tokens, places)
-                for stream in running:
-                    stream.cached += 1
-                self.emit(running, logits[[self.rows.index(stream) for stream in running]])
+        for stream in self.streams:
+            if stream.row is None and self.rows:
+                stream.row = self.rows.pop(0)
+        active = [stream for stream in self.streams if stream.row is not None]
+        running = [stream for stream in active if stream.cached + 1 == len(stream.ids)]
+        for stream in [stream for stream in active if stream not in running][:1]:
+            chunk = stream.ids[stream.cached : stream.cached + CHUNK]
+            logits = self.forward(stream.row, [chunk], [stream.cached])
+            stream.cached += len(chunk)
+            if stream.cached == len(stream.ids):
+                self.emit([stream], logits)
+        if not running:
+            return
+        # A row between them that has no token now writes where its own next one will be written.
+        inputs = {stream.row: (0, stream.cached) for stream in active}
+        inputs |= {stream.row: (stream.ids[-1], stream.cached) for stream in running}
+        batch = [inputs.get(row, (0, 0)) for row in range(1 + max(s.row for s in running))]
+        logits = self.forward(0, [[token] for token, _ in batch], [start for _, start in batch])
+        for stream in running:
+            stream.cached += 1
+        self.emit(running, logits[[stream.row for stream in running]])
 
     def forward(self, first, tokens, starts):
-        """Logits (rows, vocabulary) after the last token of each row, of cache rows from `first`.
-
-        A row that only fills a gap writes where its own next token will be written.
-        """
+        """Logits (rows, vocabulary) after each row's last token; `first` is the first cache row."""
         import torch
 
-        device, dtype = self.model.device, self.model.dtype
-        tokens = torch.tensor(tokens, device=device)
-        count, width = tokens.shape
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
-            width, device=device
-        )
-        self.cache.rows, self.cache.positions = slice(first, first + count), positions
-        self.cache.span = max(starts) + width
-        hidden = torch.arange(self.cache.span, device=device) > positions[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-        mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        facts = {"position_ids": positions, "attention_mask": mask, "cache": self.cache}
-        output = self.model(tokens, **facts, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].float()
+        with torch.inference_mode():
+            device, dtype = self.model.device, self.model.dtype
+            tokens = torch.tensor(tokens, device=device)
+            count, width = tokens.shape
+            starts = torch.tensor(starts, device=device)
+            positions = starts[:, None] + torch.arange(width, device=device)
+            span = torch.arange(int(starts.max()) + width, device=device)
+            mask = (span > positions[:, None, :, None]).to(dtype) * torch.finfo(dtype).min
+            self.cache.rows = torch.arange(first, first + count, device=device)
+            self.cache.positions, self.cache.span = positions, len(span)
+            facts = {"position_ids": positions, "attention_mask": mask, "cache": self.cache}
+            output = self.model(tokens, **facts, use_cache=True, logits_to_keep=1)
+            return output.logits[:, -1].float()
 
     def emit(self, streams, logits):
         """Sample a token for each stream and tell the gate; end those that are done."""
-        for stream, token in zip(streams, sample(streams, logits), strict=True):
+        for stream, token in zip(streams, sample(streams, logits)):
             stream.ids.append(token)
             if token in self.ends:
                 self.end(stream, "stop")
@@ -1313,20 +1274,20 @@ def sample(streams, logits):
     import torch
     import transformers as hf
 
-    for row, s in enumerate(streams):
-        ids, scores = torch.tensor([s.ids], device=logits.device), logits[row : row + 1]
-        if s.penalty != 1.0:
-            scores = hf.RepetitionPenaltyLogitsProcessor(float(s.penalty))(ids, scores)
-        if s.temperature:
+    chosen = []
+    for s, scores in zip(streams, logits.split(1)):
+        ids = torch.tensor([s.ids], device=scores.device)
+        if s.repetition_penalty != 1:
+            scores = hf.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty))(ids, scores)
+        if s.temperature >= COLDEST:
             scores = scores / s.temperature
-        if s.temperature and s.top_k:
-            scores = hf.TopKLogitsWarper(s.top_k)(ids, scores)
-        if s.temperature and s.top_p < 1:
-            scores = hf.TopPLogitsWarper(float(s.top_p))(ids, scores)
-        if s.temperature:
+            if s.top_k:
+                scores = hf.TopKLogitsWarper(s.top_k)(ids, scores)
+            if s.top_p < 1:
+                scores = hf.TopPLogitsWarper(float(s.top_p))(ids, scores)
             scores = scores + gumbel(s.seed, len(s.ids), scores.shape[1], scores.device)
-        logits[row] = scores[0]
-    return logits.argmax(-1).tolist()
+        chosen.append(scores.argmax(-1))
+    return torch.cat(chosen).tolist()
 
 
 def gumbel(seed, position, size, device):
@@ -1355,17 +1316,16 @@ def main(argv=None):
         sockets = [socket.socket(fileno=int(number)) for number in arguments[1:]]
         return ROLES[arguments[0]](dict(os.environ), *sockets)
     parser = argparse.ArgumentParser(prog="muenclave", description="Serve a sealed model.")
-    for name, default in (word.split("=") for word in DEFAULTS.split()):
+    for name, default in DEFAULTS.items():
         flag = "--" + name.removeprefix("ENCLAVE_").removesuffix("_PATH").lower().replace("_", "-")
         parser.add_argument(flag, dest=name, help=f"{name} (default: {default or 'none'})")
     parser.add_argument("--conf", default=CONFIG_FILE, help="file of KEY=value lines")
     unconfined = {"action": "store_const", "const": "none", "dest": "ENCLAVE_CONFINEMENT"}
     parser.add_argument("--unconfined", **unconfined, help="development only; proxies refuse it")
     options = vars(parser.parse_args(arguments))
-    path = options.pop("conf")
+    flags = {name: options[name] for name in DEFAULTS if options[name] is not None}
     try:
-        flags = {name: value for name, value in options.items() if value is not None}
-        return init_main(read_settings(flags, path))
+        return init_main(read_settings(flags, options["conf"]))
     except StartError as error:
         print(f"muenclave: error: {error}", file=sys.stderr)
         return 1

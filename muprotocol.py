@@ -631,7 +631,7 @@ def safetensors_entries(data):
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= min(100 << 20, len(data) - 8):
         raise ValueError("a safetensors header has a wrong length")
-    header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique_keys)
+    header = json.loads(bytes(data[8 : 8 + length]).decode(), object_pairs_hook=_unique_keys)
     header.pop("__metadata__", None)
     entries, end = [], 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -54,9 +54,9 @@ class Failure(Exception):
 FILE_LIMIT = 64 << 20
 TOKEN_FORM = "[!-~]{16,256}"  # of an access token; ours are mu- and 64 hexadecimal characters
 COST = mp.is_integer(1, 16)
-SCRYPT_N = mp.is_one_of(*(1 << power for power in range(14, 21)))
-SCRYPT = {"n": SCRYPT_N, "r": COST, "p": COST, "salt": mp.is_hex(16)}
-SCRYPT_MEMORY = 2 << 30  # bytes: what the highest n and r need
+SCRYPT = {"n": mp.is_one_of(*(1 << power for power in range(14, 21))), "r": COST, "p": COST}
+SCRYPT |= {"salt": mp.is_hex(16)}
+SCRYPT_MEMORY = (2 << 30) - 2  # bytes: as much as hashlib takes
 KEY_FACTS = {"version": mp.is_one_of(1), "asset": mp.is_name}
 KEY = KEY_FACTS | {"key": mp.is_hex(32)}
 WRAPPED_KEY = KEY_FACTS | {"scrypt": mp.is_object(SCRYPT), "nonce": mp.is_hex(12)}
@@ -109,6 +109,11 @@ def read_token(path):
     return load(path, parse_token, "an access token", True)
 
 
+def read_passphrase(path):
+    """The passphrase of a wrapped key. Raises Failure."""
+    return load(path, lambda d: d.decode("utf-8").rstrip("\r\n"), "a passphrase", True)
+
+
 def read_reference(path):
     """Reference values, an object. Raises Failure."""
     return load(path, lambda d: mp.parse_message(d, REFERENCE), "a file of reference values")
@@ -145,21 +150,6 @@ def read_key_file(path, ask_passphrase):
             raise Failure(f"{path}: wrong passphrase, or the file was changed") from None
 
     return load(path, parse, "a weights key file", True)
-
-
-def write_file(path, data):
-    """Write a file whole or not at all. Raises Failure."""
-    partial = f"{path}.{secrets.token_hex(4)}"
-    try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise Failure(f"{path}: {error.strerror}") from None
 
 
 # ==== evidence
@@ -270,8 +260,9 @@ class Link:
     def __init__(self, address, inlet, seconds=CONNECT_SECONDS):
         self.socket = connect(address, inlet.buffer, seconds)
         self.inlet, self.seconds = inlet, seconds
-        for name in ("sendall", "shutdown", "close"):
-            setattr(self, name, getattr(self.socket, name))
+
+    def __getattr__(self, name):
+        return getattr(self.socket, name)  # all but what follows is the socket's own
 
     def settimeout(self, seconds):
         """Seconds that each read may take from now on."""
@@ -289,7 +280,6 @@ def connect(address, buffer, seconds):
         connection = socket.socket(family, kind, protocol)
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(seconds)
             connection.connect(place)
@@ -315,7 +305,6 @@ LOAD_SECONDS = 3600  # between two tenths of the weights
 ANSWER_SECONDS = 900  # until an answer's next record
 DRAIN_SECONDS = 30  # from a cancel to the final record
 POLL_SECONDS = 0.2  # between two looks at whether an answer is still wanted
-IDLE_SECONDS = 600  # of a pooled session; the enclave ends it after 900
 # After these the enclave keeps the session open: the request was wrong, or its moment.
 LASTING = (*mp.REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 
@@ -334,7 +323,7 @@ class Session:
             raise Failure(f"this muproxy can't verify evidence of kind {reference['kind']}")
         evidence = EVIDENCE[reference["kind"]](secret)
         self.link = self.ready = self.final = None
-        self.is_open, self.used = True, time.monotonic()
+        self.is_open = True
         with self._step():
             self.link = Link(address, inlet or Inlet())
             self._handshake(role, reference, evidence, wanted)
@@ -375,11 +364,10 @@ class Session:
 
     def command(self, command):
         """An owner's status, lock or revoke; returns READY."""
-        self._send(command)
-        self.ready = self._receive(HANDSHAKE_SECONDS, mp.READY)
-        return self.ready
+        self.ready = None
+        return self.prove(command)
 
-    def generate(self, request, vocabulary=None, stops=(), is_gone=None):
+    def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
         """The pieces of one answer's text, as they come; `final` is its last record afterwards.
 
         request: GENERATE or GENERATE_CHAT without encoding and stop. Without a vocabulary table
@@ -393,7 +381,7 @@ class Session:
         if len(mp.encode_json(request)) > mp.REQUEST_FRAME - mp.RECORD_HEADER - mp.TAG:
             raise ProtocolError("prompt_too_long")
         cutter = mp.TextCutter(vocabulary, stops) if vocabulary else None
-        self.final, self._is_cancelled, self._watched = None, False, 0
+        self.final, self._is_cancelled = None, False
         self._send(request)
         try:
             while self.final is None:
@@ -432,27 +420,31 @@ class Session:
         deadline = time.monotonic() + DRAIN_SECONDS
         with contextlib.suppress(ProtocolError):
             self.cancel()
-            while isinstance(self.final, bytes | None):
-                self.final = self._receive(deadline - time.monotonic(), mp.FINAL)
+            while isinstance(last := self._receive(deadline - time.monotonic(), mp.FINAL), bytes):
+                pass
+            self.final = last
 
     def _send(self, message):
         with self._step():
             self.link.sendall(b"".join(self.sealer.seal_json(message)))
 
-    def _receive(self, seconds, *schemas, is_gone=None):
+    def _receive(self, seconds, *schemas, is_gone=lambda: False):
         """The next message: an object; for FINAL also the bytes of packed ids.
 
         It must begin within so many seconds. Raises ProtocolError, for an ERROR with its code.
         """
         deadline, message = time.monotonic() + seconds, None
         with self._step():
-            while self._watch(is_gone) or not is_readable(self.link.socket, POLL_SECONDS):
+            has_begun = False
+            while not has_begun:
                 if time.monotonic() > deadline:
                     raise TimeoutError("no message came")
+                if is_gone():
+                    self.cancel()
+                has_begun = is_readable(self.link.socket, POLL_SECONDS)
             while message is None:
                 payload = mp.read_frame(self.link, mp.RESPONSE_FRAME, RECORD_SECONDS)
                 message = self.opener.open(payload)
-            self.used = time.monotonic()
             if message[0] == mp.IDS_RECORD and mp.FINAL in schemas:
                 return message[1]
             if message[0] != mp.JSON_RECORD:
@@ -463,13 +455,6 @@ class Session:
                 self.close()
             raise ProtocolError(fields["error"], limit=fields.get("limit"))
         return fields
-
-    def _watch(self, is_gone):
-        """Cancel the answer if nobody wants it any more; look now and then only."""
-        if is_gone is not None and time.monotonic() > self._watched + POLL_SECONDS:
-            self._watched = time.monotonic()
-            if is_gone():
-                self.cancel()
 
     @contextlib.contextmanager
     def _step(self):
@@ -537,7 +522,9 @@ class Pool:
         deadline = time.monotonic() + self.wait_seconds
         with self.changed:
             while True:
-                self._clean()
+                for entry in [entry for entry in self.idle if not entry[1].is_usable()]:
+                    self.idle.remove(entry)
+                    self._end(entry[1])
                 found = [entry for entry in self.idle if entry[0] == owner]
                 if found:
                     self.idle.remove(found[-1])
@@ -549,14 +536,6 @@ class Pool:
                     return None
                 if not self.changed.wait(deadline - time.monotonic()):
                     raise ProtocolError("busy")
-
-    def _clean(self):
-        """End what has been lost, or idle for long."""
-        oldest = time.monotonic() - IDLE_SECONDS
-        for entry in list(self.idle):
-            if not entry[1].is_usable() or entry[1].used < oldest:
-                self.idle.remove(entry)
-                self._end(entry[1])
 
     def _end(self, session):
         self.count -= 1
@@ -578,6 +557,7 @@ WRITE_SECONDS = 30  # for the client to take what we send
 LINGER_SECONDS = 2  # for a client to read our answer to a body that we did not
 CONNECTIONS = 128  # at once, a thread each
 BODY_LIMIT = mp.REQUEST_FRAME
+BODY_FIELDS = {"content-length", "transfer-encoding"}  # of the head of a request with a body
 HEALTH_SECONDS = 30  # between two handshakes for the health alone: they are metered as all are
 RETRY_SECONDS = 5
 COMPLETION_TOKENS = 16  # OpenAI's default where there are no messages
@@ -587,27 +567,19 @@ CODES = dict.fromkeys(("prompt_too_long", "too_many_tokens"), "context_length_ex
 CODES |= {"token_refused": "invalid_api_key", "busy": "rate_limit_exceeded"}  # as OpenAI has it
 # What this model can't do, and the values that do not ask for it; then OpenAI's own bookkeeping.
 UNSUPPORTED = """audio best_of echo frequency_penalty function_call functions logit_bias logprobs
-    modalities n parallel_tool_calls prediction presence_penalty reasoning_effort response_format
+    modalities n prediction presence_penalty reasoning_effort response_format
     suffix tool_choice tools top_logprobs verbosity web_search_options""".split()
 NEUTRAL = (False, 0, 0.0, 1, "", "none", "auto", [], ["text"], {}, {"type": "text"})
-IGNORED = """metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store
-    user""".split()
+IGNORED = """metadata parallel_tool_calls prompt_cache_key prompt_cache_retention
+    safety_identifier service_tier store user""".split()
 FLAG = mp.is_one_of(True, False)
-TOKENS = mp.is_integer(1, 1 << 24)
 STOPS = mp.is_list(mp.is_text(1, 256), 0, 16)
-SAMPLING = {name.rstrip("?"): check for name, check in mp.SAMPLING.items()} | {
-    "temperature": mp.is_number(0, 2),
-    "top_p": mp.is_number(0, 1),
-    "seed": mp.is_integer(-(1 << 63), (1 << 63) - 1),
-}
-FIELDS = SAMPLING | {
-    "model": mp.is_text(1, 256),
-    "stream": FLAG,
-    "stream_options": mp.is_object({"include_usage?": FLAG, "include_obfuscation?": FLAG}),
-    "stop": lambda v: STOPS([v] if isinstance(v, str) else v),
-    "max_tokens": TOKENS,
-    "max_completion_tokens": TOKENS,
-}
+SAMPLING = {name.rstrip("?"): check for name, check in mp.SAMPLING.items()}
+SAMPLING |= {"top_p": mp.is_number(0, 1), "seed": mp.is_integer(-(1 << 63), (1 << 63) - 1)}
+TOKENS = mp.is_integer(1, 1 << 24)
+FIELDS = SAMPLING | {"model": mp.is_text(1, 256), "stream": FLAG, "max_tokens": TOKENS}
+FIELDS |= {"max_completion_tokens": TOKENS, "stop": lambda v: STOPS([v] if type(v) is str else v)}
+FIELDS |= {"stream_options": mp.is_object({"include_usage?": FLAG, "include_obfuscation?": FLAG})}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 PATHS = dict.fromkeys(("/v1/models", "/health", "/metrics"), "GET")
 PATHS |= dict.fromkeys(("/v1/chat/completions", "/v1/completions"), "POST")
@@ -673,10 +645,8 @@ def parse_request(body, is_chat):
 
 def parse_messages(messages):
     """CHAT messages from OpenAI's, whose content is text or a list of text parts. HttpError."""
-    if not isinstance(messages, list) or not 1 <= len(messages) <= 1024:
-        raise invalid("messages", "a list of 1 to 1024")
     chat = []
-    for number, message in enumerate(messages):
+    for number, message in enumerate(messages if isinstance(messages, list) else [None]):
         place = f"messages[{number}]"
         if not isinstance(message, dict):
             raise invalid(place, "an object")
@@ -687,12 +657,12 @@ def parse_messages(messages):
             raise invalid(f"{place}.role", f"one of {', '.join(ROLES)}; tools are not supported")
         parts = fields.get("content")
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise invalid(f"{place}.content", "text")
-        for kind in (str(part.get("type"))[:64] for part in parts if part.get("type") != "text"):
-            raise unsupported(f"{place}.content of type {kind}")
-        if not all(isinstance(part.get("text"), str) for part in parts):
-            raise invalid(f"{place}.content", "text")
+        for part in parts if isinstance(parts, list) else [None]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise unsupported(f"{place}.content of type {kind[:64]}")
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise invalid(f"{place}.content", "text")
         text = "".join(part["text"] for part in parts)
         chat.append({"role": ROLES[fields["role"]], "content": text})
     return chat
@@ -703,14 +673,11 @@ class Answer:
 
     def __init__(self, is_chat, is_stream, ready):
         self.is_chat, self.is_stream = is_chat, is_stream
+        name = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
         kind = "chat.completion" if is_chat else "text_completion"
-        self.base = {
-            "id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
-            "object": kind + (".chunk" if is_chat and is_stream else ""),
-            "created": int(time.time()),
-            "model": ready["asset"],
-            "system_fingerprint": "fp_" + ready["model"][:16],
-        }
+        kind += ".chunk" if is_chat and is_stream else ""
+        self.base = {"id": name, "object": kind, "created": int(time.time())}
+        self.base |= {"model": ready["asset"], "system_fingerprint": "fp_" + ready["model"][:16]}
 
     def make(self, text, reason=None, **more):
         """One object: the whole answer, or a chunk of a stream."""
@@ -724,24 +691,19 @@ class Answer:
         return self.base | {"choices": [choice]} | more
 
 
-class Deadline(io.RawIOBase):
+class Deadline(socket.SocketIO):
     """What a client sends; every read must be done by the time `until`."""
 
-    def __init__(self, connection):
-        self.connection, self.until = connection, 0
-
-    def readable(self):
-        """True."""
-        return True
+    until = 0
 
     def readinto(self, buffer):
         """Read what there is. Raises TimeoutError."""
-        self.connection.settimeout(max(self.until - time.monotonic(), 1e-3))
-        return self.connection.recv_into(buffer)
+        self._sock.settimeout(max(self.until - time.monotonic(), 1e-3))
+        return super().readinto(buffer)
 
 
 class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """A thread for each connection, never more than `places`; who comes then is turned away."""
+    """A thread for each connection, never more than `places`; who comes then is cut off."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
@@ -753,10 +715,7 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def verify_request(self, request, client_address):
         """Whether there is a place for this connection."""
-        has_place = self.places.acquire(blocking=False)
-        if not has_place:
-            self.turn_away(request)
-        return has_place
+        return self.places.acquire(blocking=False)
 
     def process_request_thread(self, request, client_address):
         """The thread of a connection."""
@@ -764,9 +723,6 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request_thread(request, client_address)
         finally:
             self.places.release()
-
-    def turn_away(self, request):
-        """Say why there is no place, if the protocol has words for it."""
 
     def handle_error(self, request, client_address):
         """A client that goes away in the middle of things is no news."""
@@ -777,8 +733,9 @@ class Server(BoundedServer):
 
     def __init__(self, address, pool, inlet, vocabulary=None):
         self.pool, self.inlet, self.vocabulary = pool, inlet, vocabulary
-        self.lock = threading.Lock()  # of what follows
+        self.lock = threading.Lock()  # of the counts
         self.counts = collections.Counter(requests_running=0, requests_waiting=0)
+        self.health_lock = threading.Lock()  # of the health: held while the enclave is asked
         self.health = (float("-inf"), "")  # when it was asked for, and what it was
         super().__init__(address, Handler, CONNECTIONS)
 
@@ -787,20 +744,9 @@ class Server(BoundedServer):
         with self.lock:
             self.counts[name] += value
 
-    def turn_away(self, request):
-        """429, without waiting for what the client wants."""
-        self.count('requests_total{path="other",code="429"}')
-        body = HttpError(429, "too many connections", "rate_limit_exceeded").body
-        head = "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\n"
-        head += f"Retry-After: {RETRY_SECONDS}\r\nConnection: close\r\n\r\n"
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(head.encode() + mp.encode_json(body))
-            request.recv(1 << 16)  # closing on unread bytes would take the answer back
-
     def ask_health(self):
         """The enclave's status, or why there is none; a handshake at most every HEALTH_SECONDS."""
-        with self.lock:
+        with self.health_lock:
             since = time.monotonic() - HEALTH_SECONDS
             if self.pool.seen > max(since, self.health[0]):
                 return "ready"
@@ -808,7 +754,7 @@ class Server(BoundedServer):
                 try:
                     with contextlib.closing(self.pool.connect()) as session:
                         status = session.measurement["status"]
-                except (ProtocolError, Failure) as error:
+                except ProtocolError as error:
                     status = "refused" if isinstance(error, Refusal) else "unreachable"
                 self.health = (time.monotonic(), status)
             return self.health[1]
@@ -837,7 +783,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read through deadlines instead of a plain file."""
         super().setup()
         self.rfile.close()
-        self.deadline = Deadline(self.connection)
+        self.deadline = Deadline(self.connection, "r")
         self.rfile = io.BufferedReader(self.deadline)
 
     def handle_one_request(self):
@@ -846,8 +792,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.path, self.is_body_read, self.is_answered = "", False, False
         try:
             super().handle_one_request()
+            if self.is_answered and not self.is_body_read:
+                self.let_go()
         except OSError:  # the client has gone, or is too slow
             self.close_connection = True
+
+    def let_go(self):
+        """Take some of a body that nobody read: closing on it would take the answer back."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.deadline.until = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < self.deadline.until and self.rfile.read1(1 << 16):
+            pass
 
     def version_string(self):
         """Our name in the Server field."""
@@ -861,7 +816,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.fail(HttpError(405 if code == 501 else code, message or "bad request"))
 
     def answer(self):
-        """Answer one request, whatever its method."""
+        """Answer one request."""
+        self.is_body_read = not BODY_FIELDS & {name.lower() for name in self.headers}
         try:
             self.route(self.path.partition("?")[0])
         except HttpError as error:
@@ -871,7 +827,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Failure:
             self.fail(HttpError(503, "the proxy is not set up for this enclave"))
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
+    do_GET = do_POST = answer
 
     def route(self, path):
         """Find out what is asked for. Raises HttpError, ProtocolError."""
@@ -908,10 +864,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise HttpError(415, "Content-Type must be application/json")
         self.deadline.until = time.monotonic() + BODY_SECONDS
-        try:
-            data = self.rfile.read(int(length))
-        except TimeoutError:
-            raise HttpError(408, "the body took too long") from None
+        data = self.rfile.read(int(length))
         self.is_body_read = True
         try:
             return mp.parse_json(data)
@@ -957,7 +910,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stream(self, answer, session, first, pieces, options):
         """Server-sent events, to the end or until the client is gone."""
         usage = {"usage": None} if options.get("include_usage") else {}
-        self.start(200, "text/event-stream", {"Cache-Control": "no-cache", "Connection": "close"})
+        self.close_connection = True
+        self.start(200, "text/event-stream", {"Cache-Control": "no-cache"})
         try:
             if answer.is_chat:
                 opening = answer.make("", **usage)
@@ -975,7 +929,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_event(self, value):
         """One event of a stream. Raises OSError when the client is gone."""
-        self.connection.settimeout(WRITE_SECONDS)
         self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
     def is_gone(self):
@@ -989,8 +942,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A whole response: text, or an object."""
         data = (value if isinstance(value, str) else json.dumps(value)).encode()
         self.start(status, kind, {"Content-Length": len(data)} | (headers or {}))
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data)
 
     def start(self, status, kind, headers):
         """Status and head of a response; one without a length ends with the connection."""
@@ -998,30 +950,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = path if path in PATHS else "other"
         self.server.count(f'requests_total{{path="{path}",code="{status}"}}')
         self.is_answered = True
+        self.close_connection |= not self.is_body_read  # it would pass for the next request
         self.connection.settimeout(WRITE_SECONDS)
         self.send_response(status)
         headers |= {"Content-Type": kind, "X-Content-Type-Options": "nosniff"}
+        headers |= {"Connection": "close"} if self.close_connection else {}
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
 
     def fail(self, error):
-        """Answer with an error, unless an answer has begun; then let go of a body left unread."""
-        self.close_connection |= self.is_answered or not self.is_body_read
+        """Answer with an error, unless a stream has begun, which then just ends."""
         if self.is_answered:
             return
-        headers = {"Connection": "close"} if self.close_connection else {}
-        if error.status in (429, 503):
-            headers["Retry-After"] = RETRY_SECONDS
+        headers = {"Retry-After": RETRY_SECONDS} if error.status in (429, 503) else {}
         if error.status == 405:
             headers["Allow"] = PATHS.get(self.path.partition("?")[0], "GET, POST")
         self.reply(error.status, error.body, headers=headers)
-        if not self.is_body_read:  # closing on unread bytes would take the answer back
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-                self.deadline.until = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < self.deadline.until and self.rfile.read1(1 << 16):
-                    pass
 
 
 # ==== relay
@@ -1039,10 +984,7 @@ class Relay(BoundedServer):
 
     def finish_request(self, request, client_address):
         """Relay one connection until the enclave ends it, or either side fails."""
-        with (
-            contextlib.suppress(OSError),
-            contextlib.closing(Link(self.target, self.inlet)) as link,
-        ):
+        with contextlib.closing(Link(self.target, self.inlet)) as link:
             for connection in (link, link.socket, request):
                 connection.settimeout(RELAY_IDLE_SECONDS)
             forward = threading.Thread(target=pump, args=(request, link.socket), daemon=True)
@@ -1056,13 +998,11 @@ class Relay(BoundedServer):
 
 def pump(source, sink):
     """Pass bytes on until the source ends or either fails; then end the sink's side."""
-    how = socket.SHUT_RDWR
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             sink.sendall(data)
-        how = socket.SHUT_WR
     with contextlib.suppress(OSError):
-        sink.shutdown(how)
+        sink.shutdown(socket.SHUT_WR)
 
 
 def run_relay(options):
@@ -1085,14 +1025,12 @@ def serve(server, what):
     """Serve until SIGINT or SIGTERM; warn of an address that others can reach."""
     host, port = server.server_address[:2]
     if host not in ("127.0.0.1", "::1"):
-        say(
-            "warning: others can reach this address, and what they send can be read on its way: "
-            f"listen on 127.0.0.1 and put TLS in front, as with: caddy reverse-proxy --from "
-            f"YOUR.HOST --to 127.0.0.1:{port}"
-        )
-    say(f"{what} on {f'[{host}]' if ':' in host else host}:{port}")
+        text = "warning: others can reach this address, and read what is sent to it: listen on"
+        tls = f"caddy reverse-proxy --from YOUR.HOST --to 127.0.0.1:{port}"
+        say(f"{text} 127.0.0.1 and put TLS in front, as with: {tls}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.closing(server.socket), contextlib.suppress(KeyboardInterrupt):
+        say(f"{what} on {f'[{host}]' if ':' in host else host}:{port}")
         server.serve_forever()
     say("stopped")
     return DONE
@@ -1100,13 +1038,18 @@ def serve(server, what):
 
 # ==== chat
 
+PROMPTS = {"prompts": mp.is_list(mp.is_text(0, 1 << 20), 0, 1 << 20)}
 HELP = "/tokens N prompt: an answer of at most N tokens; /reset: forget the talk; quit: leave"
-BAR = 20  # characters
 
 
 def say(text):
-    """One line for the reader, on stderr."""
-    print(f"muproxy: {text}", file=sys.stderr, flush=True)
+    """One line for the reader, on stderr; it may quote a peer that nobody has verified."""
+    print("muproxy:", tame(text.replace("\n", " ")), file=sys.stderr, flush=True)
+
+
+def tame(text):
+    """Text without the characters that a terminal obeys, but for tab and new line."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def dim(text):
@@ -1118,15 +1061,13 @@ def dim(text):
 def show_progress(tenths):
     """A bar on a terminal while the enclave loads its weights."""
     if sys.stderr.isatty():
-        bar = f"\rloading weights [{'#' * (tenths * BAR // 10):-<{BAR}}] {tenths}0 %"
+        bar = f"\rloading weights [{'##' * tenths:-<20}] {tenths}0 %"
         print(bar, end="\n" if tenths == 10 else "", file=sys.stderr, flush=True)
 
 
 def show_piece(text):
-    """Print a piece of an answer; to a terminal without the characters that command it."""
-    if sys.stdout.isatty():
-        text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-    print(text, end="", flush=True)
+    """Print a piece of an answer, tame if to a terminal."""
+    print(tame(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 @contextlib.contextmanager
@@ -1142,19 +1083,19 @@ def interruptible():
 
 def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
     """One answer, shown piece by piece: (text, final record). Raises ProtocolError."""
-    names = ("temperature", "top_p", "top_k", "seed")
-    request = {name: getattr(options, name) for name in names}
-    request["max_new_tokens"] = limit or options.max_tokens
+    request = {name: getattr(options, name, None) for name in SAMPLING}
+    request |= {"max_new_tokens": limit or options.max_tokens, "stop": options.stop}
     request = {name: value for name, value in request.items() if value is not None}
     for name, value in request.items():
         if not mp.OPTIONS[f"{name}?"](value):
-            raise Failure(f"--{name.replace('_', '-')}: {value} is out of range")
+            raise Failure(f"{name.replace('_new', '')}: {value} is out of range")
     system = [{"role": "system", "content": options.system}] if options.system else []
     messages = [*system, *turns, {"role": "user", "content": prompt}]
     request |= {"prompt": prompt} if options.raw else {"messages": messages}
     parts = []
     with pool.session(token) as session, interruptible() as is_gone:
-        pieces = session.generate(request, options.vocabulary, options.stop or (), is_gone)
+        stops = request.pop("stop", ())
+        pieces = session.generate(request, options.vocabulary, stops, is_gone)
         with contextlib.closing(pieces):
             for piece in pieces:
                 parts.append(piece)
@@ -1188,8 +1129,7 @@ def chat_loop(pool, token, options):
     while True:
         try:
             line = input("> " if is_terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print(end="\n" if is_terminal else "")
+        except EOFError:
             return status
         command = re.fullmatch(r"/tokens\s+([1-9][0-9]{0,6})\s+(.+)", line)
         limit, prompt = (int(command[1]), command[2]) if command else (None, line)
@@ -1209,30 +1149,27 @@ def chat_loop(pool, token, options):
 
 def batch(pool, token, options):
     """Answer the prompts of a file; write JSON results, as far as they came. Exit status."""
-    prompts, results, status = read_prompts(options.prompts_file), [], DONE
-    try:
-        for number, prompt in enumerate(prompts, 1):
-            try:
-                text, final = ask(pool, token, options, [], prompt)
-            except ProtocolError as error:
-                results.append({"prompt": prompt, "error": error.code})
-                status = status_of(error)
-                say(f"error: prompt {number}: {error}")
-                if error.code not in LASTING:
-                    break
-                continue
-            facts = {name: final[name] for name in ("elapsed_ms", "finish_reason", "usage")}
-            results.append({"prompt": prompt, "completion": text} | facts)
-            dim(f"[{number} of {len(prompts)} prompts; egress {options.inlet.received:,} bytes]")
-            if final["finish_reason"] == "cancelled":
-                raise KeyboardInterrupt
-    finally:
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        with contextlib.ExitStack() as or_else:
-            or_else.callback(sys.stdout.write, text)  # so that nothing is lost
-            if options.output_file:
-                write_file(options.output_file, text.encode())
-                or_else.pop_all()
+    prompts, results, status = options.prompts_file, [], DONE
+    path = options.output_file
+    with open(path, "w", encoding="utf-8") if path else contextlib.nullcontext(sys.stdout) as file:
+        try:
+            for number, prompt in enumerate(prompts, 1):
+                try:
+                    text, final = ask(pool, token, options, [], prompt)
+                except ProtocolError as error:
+                    results.append({"prompt": prompt, "error": error.code})
+                    status = status_of(error)
+                    say(f"error: prompt {number}: {error}")
+                    if error.code not in LASTING:
+                        break
+                    continue
+                facts = {name: final[name] for name in ("elapsed_ms", "finish_reason", "usage")}
+                results.append({"prompt": prompt, "completion": text} | facts)
+                dim(f"[{number} of {len(prompts)}; egress {options.inlet.received:,} bytes]")
+                if final["finish_reason"] == "cancelled":
+                    raise KeyboardInterrupt
+        finally:
+            print(json.dumps(results, indent=1, ensure_ascii=not path), file=file)
     return status
 
 
@@ -1240,12 +1177,9 @@ def read_prompts(path):
     """Prompts of a file: a JSON list of strings, or one a line. Raises Failure."""
 
     def parse(data):
-        text = data.decode("utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
-        prompts = json.loads(text) if text.lstrip().startswith("[") else lines
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("a JSON list of strings is wanted")
-        return prompts
+        if not data.lstrip().startswith(b"["):
+            return [line for line in data.decode("utf-8").splitlines() if line.strip()]
+        return mp.parse_message(b'{"prompts":%b}' % data, PROMPTS)["prompts"]
 
     return load(path, parse, "a file of prompts")
 
@@ -1255,11 +1189,11 @@ def run_chat(options):
     token = given_token(options)
     pool = Pool(connector(options), 1, on_progress=show_progress)
     with contextlib.closing(pool):
-        if options.prompts_file:
+        if options.prompts_file is not None:
             return batch(pool, token, options)
         with pool.session(token) as session:
-            left = f"{session.ready['budget_left']:,} bytes of egress left"
-            dim(f"verified; model {session.ready['asset']}, {left}")
+            ready = session.ready
+            dim(f"verified; model {ready['asset']}, {ready['budget_left']:,} bytes of egress left")
         return chat_loop(pool, token, options)
 
 
@@ -1285,20 +1219,20 @@ def run_attest(options):
             checks = session.checks
     except Refusal as error:
         checks = error.checks
-    reference, verified = options.reference, all(check.ok for check in checks)
+    verified = all(check.ok for check in checks)
     if options.json:
-        facts = {"verified": verified, "root": reference["root"], "kind": reference["kind"]}
-        facts["checks"] = [check._asdict() for check in checks]
+        facts = {"verified": verified, "checks": [check._asdict() for check in checks]}
+        facts |= {name: options.reference[name] for name in ("root", "kind")}
         print(json.dumps(facts, indent=1))
     else:
-        print_checks(checks, reference)
+        print_checks(checks, options.reference)
         print("verified" if verified else "refused")
     return DONE if verified else REFUSED
 
 
 def read_owner(options):
     """The unlock token without a lease; no key for weak evidence. Raises Failure."""
-    root, container = options.reference["root"], options.container
+    root, container = options.reference["root"], options.model
     if is_for_development(options.reference) and not options.development:
         text = f"root {root} is {ROOTS[root.partition(':')[0]]}; this command sends the weights key"
         raise Failure(f"{text}: say --development if that is meant", REFUSED)
@@ -1306,34 +1240,30 @@ def read_owner(options):
         raise Failure("an owner names the sealed model and its key: --model FILE --key FILE")
     asset, key = read_key_file(options.key, lambda: ask_passphrase(options))
     if asset != container.fields["asset"] or not container.is_key(key):
-        raise Failure(f"{options.key} is not the key of {options.model}")
+        raise Failure(f"{options.key} is not the key of this model: {container.fields['asset']}")
     return {"key": key.hex(), "model": container.digest}
 
 
 def ask_passphrase(options):
     """The passphrase of the key file, from a file or the terminal."""
     if options.passphrase_file:
-        parse = functools.partial(str, encoding="utf-8")
-        return load(options.passphrase_file, parse, "a passphrase", True).rstrip("\r\n")
+        return options.passphrase_file
+    if not sys.stdin.isatty():
+        raise Failure(f"{options.key} has a passphrase: --passphrase-file FILE")
     return getpass.getpass(f"passphrase of {options.key}: ")
 
 
 def make_lease(options):
     """A lease as the flags say. Raises Failure."""
-    size = options.container.sealed_size() // BUDGET_DIVISOR
+    size = options.model.sealed_size() // BUDGET_DIVISOR
     if options.budget is None and size < LEAST_BUDGET:
         text = f"a ten-thousandth of this small model is {size} bytes, too few to answer with"
         raise Failure(f"{text}: say with --budget how many bytes may leave")
-    lease = {
-        "id": secrets.token_hex(16),
-        "sequence": time.time_ns() // 1_000_000,  # until a ledger counts them
-        "rate": options.rate,
-        "burst": options.burst,
-        "budget": size if options.budget is None else options.budget,
-        "expiry": options.expiry,
-        "users": [mp.token_hash(read_token(path)) for path in options.token_file or ()],
-        "policy": {"verified": False, "latency_ms": 0},
-    }
+    lease = {name: getattr(options, name) for name in ("rate", "burst", "expiry")}
+    lease |= {"id": secrets.token_hex(16), "policy": {"verified": False, "latency_ms": 0}}
+    lease |= {"sequence": time.time_ns() // 1_000_000}  # until a ledger counts them
+    lease |= {"budget": size if options.budget is None else options.budget}
+    lease |= {"users": [mp.token_hash(token) for token in options.token_file or ()]}
     wrong = [f"--{name}" for name, check in mp.LEASE.items() if not check(lease[name])]
     if wrong:
         raise Failure(f"out of range: {', '.join(wrong)}")
@@ -1358,9 +1288,10 @@ def run_owner(options):
     """`status`, `lock` and `revoke`."""
     command = {options.verb: True}
     if options.verb == "revoke":
-        if not options.token_file and not mp.is_hex(32)(options.token_hash):
+        files = [mp.token_hash(token) for token in options.token_file or ()]
+        command = {"revoke": files[-1] if files else options.token_hash}
+        if not mp.is_hex(32)(command["revoke"]):
             raise Failure("say whose token: --token-file FILE, or --token-hash HASH")
-        command = {"revoke": options.token_hash or mp.token_hash(read_token(*options.token_file))}
     token = read_owner(options)
     with contextlib.closing(connector(options)()) as session:
         session.prove(token)
@@ -1377,12 +1308,8 @@ def print_status(ready):
 def run_keygen(options):
     """`keygen`: a new access token or provisioning secret, in a file that only we can read."""
     text = ("mu-" if options.what == "token" else "") + secrets.token_hex(32)
-    try:
-        number = os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(number, "w", encoding="ascii") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise Failure(f"{options.file}: {error.strerror}; nothing was overwritten") from None
+    with open(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text + "\n")
     hashed = f", its hash is {mp.token_hash(text)}" if options.what == "token" else ""
     print(f"{options.file}: new {options.what}{hashed}")
     return DONE
@@ -1413,19 +1340,20 @@ VERBS = {  # verb: function, help, flags
     "revoke": (run_owner, "strike an access token from the lease", OWN + "token-file token-hash"),
     "keygen": (run_keygen, "make an access token or a provisioning secret", "what file"),
 }
-OWNERS = ("unlock", "status", "lock", "revoke")
+REPEATABLE = ("token-file", "stop")
+CHOICES = {"what": ("token", "psk"), "role": ("user", "owner")}
 FLAGS = {  # flag: type, default, help
     "host": (str, "127.0.0.1", "the enclave, or a relay before it"),
     "port": (int, 9000, "its port (9000)"),
     "rate-kb": (float, mp.DEFAULT_RATE / 1024, "outer meter: KB/s of all sessions together (5)"),
-    "reference": (str, None, "file of reference values"),
+    "reference": (read_reference, None, "file of reference values"),
     "expected-measurement": (str, None, "a measurement instead of that file, for kind psk"),
-    "psk": (str, None, "file of the provisioning secret, for kind psk"),
-    "model": (str, None, "sealed model that must be the enclave's"),
+    "psk": (read_secret, None, "file of the provisioning secret, for kind psk"),
+    "model": (read_container, None, "sealed model that must be the enclave's"),
     "allow-unconfined": (bool, False, "accept an enclave without confinement"),
-    "token-file": (list, None, "file of the access token (chat: or MUENCLAVE_TOKEN is set)"),
-    "vocabulary": (str, None, "token table (.vocab); without it answers come in one piece"),
-    "prompts-file": (str, None, "prompts, one a line, or a JSON list"),
+    "token-file": (read_token, None, "file of the access token (chat: or MUENCLAVE_TOKEN is set)"),
+    "vocabulary": (read_vocabulary, None, "token table (.vocab), to see answers as they come"),
+    "prompts-file": (read_prompts, None, "prompts, one a line, or a JSON list"),
     "output-file": (str, None, "where their answers go, as JSON (stdout)"),
     "system": (str, None, "system message"),
     "raw": (bool, False, "continue the prompt as it is, without the chat template"),
@@ -1434,13 +1362,13 @@ FLAGS = {  # flag: type, default, help
     "top-p": (float, None, "share of the likeliest tokens to draw from"),
     "top-k": (int, None, "number of the likeliest tokens to draw from"),
     "seed": (int, None, "makes an answer repeatable"),
-    "stop": (list, None, "text before which an answer ends; repeatable"),
+    "stop": (str, None, "text before which an answer ends; repeatable"),
     "listen": (address_of, ("127.0.0.1", 8080), "HOST:PORT (127.0.0.1:8080)"),
     "sessions": (int, 32, "enclave sessions at once (32)"),
     "role": (str, "user", "whose secret --psk is: user or owner"),
     "json": (bool, False, "print JSON"),
     "key": (str, None, "file of the weights key"),
-    "passphrase-file": (str, None, "passphrase of a wrapped key; else it is asked for"),
+    "passphrase-file": (read_passphrase, None, "passphrase of a wrapped key; else it is asked for"),
     "development": (bool, False, "release the key although the evidence says too little"),
     "budget": (int, None, "bytes that may leave (a ten-thousandth of the sealed model)"),
     "rate": (int, mp.DEFAULT_RATE, "inner meter: bytes a second"),
@@ -1455,16 +1383,17 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="muproxy", description=__doc__.partition(":")[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, (run, text, flags) in VERBS.items():
-        command = verbs.add_parser(verb, help=text, description=text, epilog=EXIT_STATUSES)
+        about = {"help": text, "description": text, "epilog": EXIT_STATUSES}
+        command = verbs.add_parser(verb, allow_abbrev=False, **about)
         command.set_defaults(run=run)
         for flag in flags.split():
             if flag not in FLAGS:
-                choices = ("token", "psk") if flag == "what" else None
-                command.add_argument(flag, choices=choices)
+                command.add_argument(flag, choices=CHOICES.get(flag))
                 continue
             kind, default, about = FLAGS[flag]
-            options = {"action": {bool: "store_true", list: "append"}.get(kind, "store")}
-            options |= {"type": kind} if options["action"] == "store" else {}
+            options = {"action": "append" if flag in REPEATABLE else "store", "type": kind}
+            options |= {"choices": CHOICES[flag]} if flag in CHOICES else {}
+            options = {"action": "store_true"} if kind is bool else options
             command.add_argument(f"--{flag}", default=default, help=about, **options)
     return parser
 
@@ -1476,48 +1405,43 @@ def status_of(error):
 
 def connector(options):
     """A function that opens and verifies a session, as the flags say."""
-    role = "owner" if options.verb in OWNERS else getattr(options, "role", "user")
-    digest = options.container.digest if options.container else None
+    role = "owner" if "key" in options else getattr(options, "role", "user")
+    digest = options.model.digest if options.model else None
     wanted = {"model": digest, "allow_unconfined": options.allow_unconfined}
-    facts = ((options.host, options.port), options.reference, options.secret, role, options.inlet)
+    facts = ((options.host, options.port), options.reference, options.psk, role, options.inlet)
     return functools.partial(Session, *facts, **wanted)
 
 
 def given_token(options):
     """The access token, from a file or the environment. Raises Failure."""
-    try:
-        given = os.environ.get("MUENCLAVE_TOKEN", "").encode()
-        return read_token(options.token_file[-1]) if options.token_file else parse_token(given)
-    except ValueError:
-        text = "an access token is needed: --token-file FILE, or MUENCLAVE_TOKEN"
-        raise Failure(text) from None
+    if options.token_file:
+        return options.token_file[-1]
+    given = os.environ.get("MUENCLAVE_TOKEN", "")
+    if not re.fullmatch(TOKEN_FORM, given):
+        raise Failure("an access token is needed: --token-file FILE, or MUENCLAVE_TOKEN")
+    return given
 
 
 def given_reference(options):
     """Reference values, from a file or a measurement alone. Raises Failure."""
     expected = options.expected_measurement
     facts = {"version": 1, "kind": "psk", "root": "psk", "withdrawn": [], "measurement": expected}
-    reference = read_reference(options.reference) if options.reference else facts
+    reference = options.reference or facts
     if expected not in (None, reference["measurement"]):
-        raise Failure(f"--expected-measurement is not that of {options.reference}")
+        raise Failure("--expected-measurement is not that of --reference")
     if not mp.is_hex(32)(reference["measurement"]):
-        text = "nothing to verify against: --reference FILE, or --expected-measurement HASH"
-        raise Failure(f"{text} (64 hexadecimal characters, lower case)")
+        raise Failure("nothing to verify against: --reference FILE, or --expected-measurement HASH")
     return reference
 
 
 def prepare(options):
-    """Replace what the flags name by what it is, files by their content. Raises Failure."""
+    """Make the outer meter and the reference values that the flags ask for. Raises Failure."""
     if "rate_kb" in options:
         if not LEAST_RATE <= options.rate_kb * 1024 <= 1 << 40:
             raise Failure(f"--rate-kb: {LEAST_RATE / 1024} or more is wanted")
         options.inlet = Inlet(int(options.rate_kb * 1024))
     if "reference" in options:
         options.reference = given_reference(options)
-        options.secret = read_secret(options.psk) if options.psk else None
-        options.container = read_container(options.model) if options.model else None
-    if getattr(options, "vocabulary", None):
-        options.vocabulary = read_vocabulary(options.vocabulary)
 
 
 def main(argv=None):
@@ -1525,8 +1449,9 @@ def main(argv=None):
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*VERBS, "-h", "--help"):
         arguments.insert(0, "chat")
-    options = make_parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
     try:
+        options = make_parser().parse_args(arguments)
         prepare(options)
         return options.run(options)
     except Failure as error:
@@ -1538,8 +1463,9 @@ def main(argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains later
         return REFUSED
-    except (OSError, OverflowError) as error:  # of an address to listen on, or a port
-        say(f"error: {getattr(error, 'strerror', None) or error}")
+    except (OSError, OverflowError, UnicodeError) as error:  # of an address, or a file to write
+        name = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        say(f"error: {name}{getattr(error, 'strerror', None) or error}")
         return USAGE
     except KeyboardInterrupt:
         say("interrupted")

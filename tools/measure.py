@@ -9,6 +9,7 @@ runs it: name that one by --python.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "run", "usr/lib/muenclave/extras")
 LOCAL = "import json, muenclave; print(json.dumps(muenclave.local_manifest()))"
 
 
@@ -39,16 +41,35 @@ def local_manifest(python):
 
 
 def root_manifest(root, kernel, command_line):
-    """The manifest of a guest whose root file system lies in this directory. MeasureError."""
-    sys.path.insert(0, str(ROOT))
-    import muenclave
+    """The manifest of a guest: (path, mode, SHA-256) of its root file system, kernel, command line.
 
+    What is mounted at run time is left out by name, so that image and running guest agree.
+    Raises MeasureError.
+    """
+    files = []
     try:
         if not os.listdir(root):
             raise MeasureError(f"{root} is empty: that is no root file system")
-        return muenclave.root_manifest(root, kernel, command_line)
+        for folder, folders, names in os.walk(root):
+            if os.path.relpath(folder, root) in MOUNT_POINTS:
+                folders.clear()
+                continue
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for path in (os.path.join(folder, name) for name in names + links):
+                mode = f"{os.lstat(path).st_mode:o}"
+                files.append([os.path.relpath(path, root), mode, content_hash(path)])
     except OSError as error:
         raise MeasureError(f"can't read {error.filename}: {error.strerror}") from None
+    files.sort()
+    return {"kind": "root", "files": files, "kernel": kernel, "command_line": command_line}
+
+
+def content_hash(path):
+    """SHA-256 of a file, or of what a symbolic link points to, in hexadecimal."""
+    if os.path.islink(path):
+        return hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def reference(manifest, withdrawn):
