@@ -674,12 +674,15 @@ def open_way(stage):
     of its own the enclave gets one that everybody may, with the same Python and models in it.
     """
     base = pathlib.Path(sys.base_prefix).resolve()
-    closed = [path for path in base.parents if not path.stat().st_mode & 0o001]
-    if not closed:
+    homes, shut = (
+        [p for p in path.parents if not p.stat().st_mode & 0o001] for path in (base, ROOT)
+    )
+    assert set(shut) <= set(homes), f"other users have to reach this checkout: chmod o+x {shut}"
+    if not homes:
         return ()
-    (home,) = closed
+    (home,) = homes
     cache = sealed_demo().model.parent.resolve()
-    kept = {path.relative_to(home).parts[0] for path in (base, cache) if home in path.parents}
+    kept = {path.relative_to(home).parts[0] for path in (base, cache, ROOT) if home in path.parents}
     return ("unshare", "--mount", "sh", "-c", OPEN_WAY, "sh", home, stage, *sorted(kept), "--")
 
 

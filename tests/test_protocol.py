@@ -767,15 +767,18 @@ def check_meter(make, events, test):
     paid, taken = 0, 0
     starts = [(0, 0, 0)]  # (paid, taken, credit that a window beginning here may have) so far
     for kind, value in events:
-        if kind in ("wait", "pull"):
-            elapsed = value if kind == "wait" else meter.wait(value, now)
+        if kind == "wait":
+            now += value
+            continue
+        steps = (0, meter.wait(value, now)) if kind == "pull" else (0,)
+        for elapsed in steps:  # a time that the meter is not told of earns nothing yet
             now += elapsed
             paid += max(0, now - latest) * rate
             latest = max(now, latest)
         if kind == "change":
             meter.change(*value, now)
             rate, burst = value
-        elif kind != "wait":
+        else:
             starts.append((paid, taken, burst * mp.NANOSECOND))
             taken += value if meter.take(value, now) else 0
         test.assertTrue(meter.is_valid())
