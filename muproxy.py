@@ -1169,7 +1169,12 @@ def batch(pool, token, options):
                 if final["finish_reason"] == "cancelled":
                     raise KeyboardInterrupt
         finally:
-            print(json.dumps(results, indent=1, ensure_ascii=not path), file=file)
+            text = json.dumps(results, indent=1, ensure_ascii=not path)
+            try:
+                print(text, file=file, flush=True)
+            except OSError:  # a full disk, perhaps: what was paid for is not lost
+                print(text if path else "", flush=True)
+                raise
     return status
 
 

@@ -1531,6 +1531,16 @@ class CommandLine(Case):
         self.assertEqual((done.returncode, done.stdout), (2, ""))
         self.assertIn(f"muproxy: error: {bad}: No such file or directory\n", done.stderr)
 
+    def test_full_disk_loses_no_answer(self):
+        prompts = self.folder / "prompts"
+        prompts.write_text("Tell me about zen.\n")
+        flags = ["--prompts-file", prompts, "--output-file", "/dev/full", "--max-tokens", 4]
+        done = proxy(*self.talk, *flags)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertTrue(json.loads(done.stdout)[0]["completion"].startswith("The Zen"))
+        self.assertTrue(done.stderr.endswith("muproxy: error: No space left on device\n"))
+        self.assertNotIn("Traceback", done.stderr)
+
     def test_interrupted_batch_keeps_what_it_has(self):
         prompts, output = self.folder / "prompts", self.folder / "results.json"
         prompts.write_text("The\nTell me\n")
