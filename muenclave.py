@@ -323,7 +323,6 @@ PIPE_READ = 64 << 10  # bytes taken from the engine at a time
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
 GONE = getattr(select, "POLLRDHUP", 0)  # a peer that has closed; a connection shut down
 SHAPING = {"top_p", "top_k", "repetition_penalty"}  # what can't be audited yet
-CORRECTABLE = (*mp.REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 STATES = {  # state: event -> next state
     "locked": {"unlock": "loading", "end": "lease ended"},
     "loading": {"loaded": "ready", "end": "lease ended"},
@@ -703,7 +702,7 @@ class Session:
             else:
                 self.answer(mp.parse_message(body, mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL))
         except ProtocolError as error:
-            if error.code not in CORRECTABLE:
+            if error.code not in mp.CORRECTABLE:
                 raise
             self.refuse(error)
         self.is_busy = False

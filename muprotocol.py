@@ -746,6 +746,8 @@ PIPE = struct.Struct("=BxHI")
 ID, END, LENGTH, REFUSED, LOADED, FAILED = range(1, 7)
 ENDINGS = ("stop", "length", "cancelled")
 REFUSALS = ("prompt_invalid", "prompt_too_long", "too_many_tokens")
+# After these a session goes on: the request was wrong, or its moment.
+CORRECTABLE = (*REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 FAILURES = ("model_invalid", "no_engine", "out_of_memory")
 ENDING_BITS = 4  # log2 of all endings, refusals and failures that an engine can choose from
 LENGTH_BITS = 32  # of a number that the engine reports

@@ -305,8 +305,6 @@ LOAD_SECONDS = 3600  # between two tenths of the weights
 ANSWER_SECONDS = 900  # until an answer's next record
 DRAIN_SECONDS = 30  # from a cancel to the final record
 POLL_SECONDS = 0.2  # between two looks at whether an answer is still wanted
-# After these the enclave keeps the session open: the request was wrong, or its moment.
-LASTING = (*mp.REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 
 
 class Session:
@@ -451,7 +449,7 @@ class Session:
                 raise ProtocolError("bad_record", "ids where JSON was due")
             fields = mp.parse_message(message[1], *schemas, mp.ERROR)
         if "error" in fields:
-            if self.ready is None or fields["error"] not in LASTING:
+            if self.ready is None or fields["error"] not in mp.CORRECTABLE:
                 self.close()
             raise ProtocolError(fields["error"], limit=fields.get("limit"))
         return fields
@@ -1160,7 +1158,7 @@ def batch(pool, token, options):
                     results.append({"prompt": prompt, "error": error.code})
                     status = status_of(error)
                     say(f"error: prompt {number}: {error}")
-                    if error.code not in LASTING:
+                    if error.code not in mp.CORRECTABLE:
                         break
                     continue
                 facts = {name: final[name] for name in ("elapsed_ms", "finish_reason", "usage")}
