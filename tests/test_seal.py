@@ -8,6 +8,7 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -804,9 +805,10 @@ class Interrupted(Folder):
                 while process.poll() is None and not list(self.out.glob("m.mus.*.part")):
                     time.sleep(0.001)
                 process.send_signal(number)
-            if process.returncode:
+            if process.returncode and not self.sealed.exists():
                 return process.returncode
-            for path in (self.sealed, self.out / "m.mus.vocab"):
+            support.seal("--verify", self.sealed, "--key", self.key).check()
+            for path in self.out.glob("m.mus*"):
                 path.unlink()
             size *= 2
 
@@ -817,10 +819,44 @@ class Interrupted(Folder):
 
     def test_asked_to_end(self):
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            with self.subTest(number):
-                self.assertEqual(self.kill(number), 1)
-                self.assertEqual(os.listdir(self.out), ["m.key"])
-                self.key.unlink()
+            self.assertEqual(self.kill(number), 1)
+            self.assertEqual(os.listdir(self.out), ["m.key"])
+            self.key.unlink()
+
+    def test_asked_to_end_at_any_moment(self):
+        """A signal between any two lines of the code that makes a file whole leaves no part."""
+
+        def asked(line, number):
+            """Write a file; be asked to end before the line-th line of that. Whether we were."""
+            seen = itertools.count()
+
+            def trace(frame, event, _):
+                if frame.f_code.co_name == "replacing" and event == "line" and next(seen) == line:
+                    os.kill(os.getpid(), number)
+                return trace
+
+            sys.settrace(trace)
+            try:
+                with seal.replacing(str(self.out / "file")) as file:
+                    seal.write_all(file, b"whole")
+            except (SystemExit, KeyboardInterrupt):
+                return True
+            finally:
+                sys.settrace(None)
+            return False
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.addCleanup(signal.signal, number, signal.signal(number, seal.end))
+            lines = 0
+            while asked(lines, number):
+                lines += 1
+                left = {path.name: path.read_bytes() for path in self.out.iterdir()}
+                self.assertIn(left, ({}, {"file": b"whole"}))
+                if left:
+                    (self.out / "file").unlink()
+                seal.PARTS.clear()
+            self.assertGreater(lines, 8)
+            (self.out / "file").unlink()
 
     def test_model_that_shrinks(self):
         """A file that becomes shorter while it is sealed is noticed."""

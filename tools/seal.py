@@ -279,6 +279,8 @@ def check_table(path, tokenizer, table, fallback):
 
 # ---------------------------------------------------------------- files that come out whole
 
+PARTS = set()  # paths of files that are not whole yet
+
 
 @contextlib.contextmanager
 def replacing(path, mode=0o666, is_new=False):
@@ -287,6 +289,7 @@ def replacing(path, mode=0o666, is_new=False):
     is_new: refuse to take another file's place.
     """
     part = f"{path}.{secrets.token_hex(4)}.part"
+    PARTS.add(part)
     file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         yield file
@@ -299,9 +302,18 @@ def replacing(path, mode=0o666, is_new=False):
         os.close(file)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+        PARTS.discard(part)
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def end(number, _):
+    """On a signal: unlink what is not whole, wherever the program was; then unwind as usual."""
+    for part in PARTS:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(1)
 
 
 def write_all(file, data, offset=0):
@@ -755,8 +767,8 @@ def parse(argv):
 def main(argv=None):
     """The command line. Returns the exit status."""
     flags = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that nothing half done is left
-        signal.signal(number, lambda *_: sys.exit(1))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, end)
     modes = {"info": run_info, "verify": run_verify, "rewrap": rewrap}
     run = next((run for name, run in modes.items() if getattr(flags, name)), run_seal)
     try:
