@@ -768,7 +768,8 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     flags = parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, end)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
     modes = {"info": run_info, "verify": run_verify, "rewrap": rewrap}
     run = next((run for name, run in modes.items() if getattr(flags, name)), run_seal)
     try:
