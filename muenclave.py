@@ -49,7 +49,7 @@ SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_RATE=5120  ENCLAVE_BURST=32768
 ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8  ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu
-ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp
+ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp  ENCLAVE_ROOT=
 """
 DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
 LEVELS = ("full", "seccomp", "none")  # of confinement; the posture says which
@@ -304,6 +304,66 @@ def end(children, seconds=0):
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+# ==== PID 1 of the guest
+# Nothing is mounted so that it can be written, and the root is made read-only. The kernel has no
+# console: what the serial port shows is written here.
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+NO_FILES = MS_NOSUID | MS_NODEV | MS_NOEXEC
+MOUNTS = (
+    ("proc", "proc", "/proc", NO_FILES, "hidepid=2"),
+    ("sysfs", "sysfs", "/sys", NO_FILES | MS_RDONLY, ""),
+    ("devtmpfs", "devtmpfs", "/dev", MS_NOSUID | MS_NOEXEC, ""),
+    ("devtmpfs", "", "/dev", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NOEXEC, ""),
+    ("/dev/dm-0", "squashfs", "/usr/lib/muenclave/extras", MS_NOSUID | MS_NODEV | MS_RDONLY, ""),
+    ("/", "", "/", MS_REMOUNT | MS_RDONLY, ""),
+)
+SERIAL_PORT = "/dev/ttyS0"
+SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK, IFF_UP = 0x8914, 0x8916, 0x891C, 1
+RB_AUTOBOOT = 0x01234567
+
+
+def guest_main():
+    """Mounts, log, address; then the enclave. The guest ends with it."""
+    try:
+        mount_all()
+        log = os.open(SERIAL_PORT, os.O_WRONLY | os.O_NOCTTY)
+        os.dup2(log, 2)
+        sys.stderr = open(2, "w", encoding="ascii", errors="replace", closefd=False)
+        with open("/proc/cmdline", encoding="ascii") as file:
+            set_address(file.read())
+        init_main(read_settings({}))
+    except (StartError, OSError) as error:
+        print(f"muenclave: error: {error}", file=sys.stderr, flush=True)
+    finally:
+        libc().reboot(RB_AUTOBOOT)
+
+
+def mount_all():
+    """Mount what MOUNTS names; without a disk for torch, the enclave can be verified, no more."""
+    for source, kind, place, flags, options in MOUNTS:
+        if kind != "squashfs" or os.path.exists(source):
+            words = (text.encode() for text in (source, place, kind))
+            result = libc().mount(*words, ctypes.c_ulong(flags), options.encode())
+            check(result, f"can't mount {source} on {place}")
+
+
+def set_address(command_line):
+    """Give eth0 the address (IPv4/prefix) that the measured command line names; no route."""
+    found = re.search(r"\bmuenclave\.address=([\d.]+)/(\d+)", command_line)
+    if found is None:
+        return
+    mask = (0xFFFFFFFF << 32 - int(found[2])) & 0xFFFFFFFF
+    name, address = b"eth0", struct.Struct("=16sHxx4s16x")
+    with socket.socket() as request:
+        for number, value in (
+            (SIOCSIFADDR, socket.inet_aton(found[1])),
+            (SIOCSIFNETMASK, mask.to_bytes(4, "big")),
+        ):
+            fcntl.ioctl(request, number, address.pack(name, socket.AF_INET, value))
+        fcntl.ioctl(request, SIOCSIFFLAGS, struct.pack("=16sH22x", name, IFF_UP))
 
 
 # ==== gate
@@ -929,7 +989,7 @@ def engine_main(settings, gate, loader):
     except EOFError:
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
-        kinds = {ImportError: "no_engine", MemoryError: "out_of_memory"}
+        kinds = {ImportError: "no_engine", OSError: "no_engine", MemoryError: "out_of_memory"}
         code = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "model_invalid")
         gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
         return 1
@@ -1314,6 +1374,8 @@ def main(argv=None):
     if arguments and arguments[0] in ROLES:
         sockets = [socket.socket(fileno=int(number)) for number in arguments[1:]]
         return ROLES[arguments[0]](dict(os.environ), *sockets)
+    if arguments == ["--init"]:
+        return guest_main()
     parser = argparse.ArgumentParser(prog="muenclave", description="Serve a sealed model.")
     for name, default in DEFAULTS.items():
         flag = "--" + name.removeprefix("ENCLAVE_").removesuffix("_PATH").lower().replace("_", "-")

@@ -57,7 +57,8 @@ def engine_lines(text):
 
 def python_files():
     """Every Python file of the project, as paths from its root."""
-    folders = (ROOT.glob("*.py"), *((ROOT / name).rglob("*.py") for name in ("tests", "tools")))
+    names = ("br_external", "tests", "tools")
+    folders = (ROOT.glob("*.py"), *((ROOT / name).rglob("*.py") for name in names))
     paths = sorted(path for found in folders for path in found)
     return [path.relative_to(ROOT).as_posix() for path in paths]
 

@@ -214,7 +214,7 @@ def cached(name, make):
     """The cache's folder of this name; make(folder) fills it if it is not there yet."""
     place = cache_folder() / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place.parent / "lock", "w") as lock:  # one process trains, the others wait for it
+    with open(place.parent / f"{name}.lock", "w") as lock:  # one process makes it, others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
             with tempfile.TemporaryDirectory(dir=place.parent) as folder:

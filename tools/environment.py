@@ -80,11 +80,11 @@ def run(command, failure):
 
 
 def install_system(programs, say=print):
-    """Have these programs ({name: package}) on the machine: by apt where that works.
+    """Have these programs ({name or file: package}) on the machine: by apt where that works.
 
     Otherwise they are named in one line, and whoever needs them has to do without.
     """
-    missing = sorted({package for name, package in programs.items() if not shutil.which(name)})
+    missing = missing_packages(programs)
     if not missing:
         return
     if os.geteuid() == 0 and shutil.which("apt-get"):
@@ -98,6 +98,16 @@ def install_system(programs, say=print):
             if done.returncode:
                 say(f"{' '.join(command)} failed: {done.stderr.decode(errors='replace').strip()}")
                 break
-    left = sorted({package for name, package in programs.items() if not shutil.which(name)})
+    left = missing_packages(programs)
     if left:
         say(f"Not installed, so what needs it is left out: apt-get install {' '.join(left)}")
+
+
+def missing_packages(programs):
+    """The packages of those programs, or files by absolute path, that are not there; sorted."""
+    missing = set()
+    for name, package in programs.items():
+        is_here = os.path.exists(name) if os.path.isabs(name) else shutil.which(name)
+        if not is_here:
+            missing.add(package)
+    return sorted(missing)

@@ -9,8 +9,11 @@ import os
 import sys
 
 import environment
+import image
+import vm
 
-PROGRAMS = {"strace": "strace", "curl": "curl"}  # that tests run: package
+PROGRAMS = {"strace": "strace", "curl": "curl", "pesign": "pesign"}  # that tests run: package
+PROGRAMS |= image.PROGRAMS | vm.PROGRAMS
 
 
 def say(text):
