@@ -417,6 +417,35 @@ def manifest_digest(manifest):
     return hashlib.sha256(encode_json(manifest)).hexdigest()
 
 
+# ---------------------------------------------------------------- evidence of kind tpm2
+# Structures of the TCG's TPM 2.0 Library, Part 2 (version 1.59), big-endian. TPM2B_: a 2-byte size,
+# then so many bytes.
+
+TPM_ALG_RSA, TPM_ALG_SHA256, TPM_ALG_NULL, TPM_ALG_RSASSA = 0x0001, 0x000B, 0x0010, 0x0014  # 6.3
+PCRS = (0, 1, 2, 3, 4, 5, 6, 7, 9)  # 0-7: firmware and what it boots; 9: what was put beside that
+# TPMA_OBJECT (8.3): fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA (it has no
+# password that a lockout could protect), restricted, sign.
+SIGNING_KEY = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10 | 1 << 16 | 1 << 18
+# The attestation key's TPMT_PUBLIC (12.2.4) up to its modulus: RSA, its Name by SHA-256, no policy,
+# then TPMS_RSA_PARMS: no symmetric cipher, RSASSA with SHA-256, 2048 bits, exponent 0 for 65537.
+ATTESTATION_KEY = struct.pack(
+    ">HHIHHHHHI",
+    *(TPM_ALG_RSA, TPM_ALG_SHA256, SIGNING_KEY, 0),
+    *(TPM_ALG_NULL, TPM_ALG_RSASSA, TPM_ALG_SHA256, 2048, 0),
+)
+
+
+def tpm2b(data):
+    """A TPM2B_ structure around the data."""
+    return len(data).to_bytes(2, "big") + data
+
+
+def pcr_selection(*pcrs):
+    """TPML_PCR_SELECTION (10.9.7) of these PCRs, of the SHA-256 bank alone. 10 bytes."""
+    bits = sum(1 << pcr for pcr in pcrs)
+    return struct.pack(">IHB", 1, TPM_ALG_SHA256, 3) + bits.to_bytes(3, "little")
+
+
 # ---------------------------------------------------------------- records
 
 

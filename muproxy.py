@@ -27,6 +27,7 @@ import select
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -74,8 +75,8 @@ REFERENCE = {
     "measurement": mp.is_hex(32),
     "withdrawn": mp.is_list(mp.is_hex(32), 0, 4096),
     "model?": mp.is_hex(32),
-    "pcrs?": lambda v: isinstance(v, dict) and all(map(mp.is_hex(32), v.values())),
-    "attestation_key?": mp.is_text(1, 4096),
+    "pcrs?": mp.is_object({f"{pcr}?": mp.is_hex(32) for pcr in mp.PCRS}),
+    "attestation_key?": mp.is_hex(len(mp.ATTESTATION_KEY) + 2 + 256),  # TPMT_PUBLIC
     "image?": lambda v: isinstance(v, dict),  # facts for readers; no check rests on them
 }
 
@@ -173,7 +174,85 @@ class Psk:
         return [Check("proof", "HMAC of this session under our secret", got, ok)]
 
 
-EVIDENCE = {"psk": Psk}  # a class per kind: made from the secret (or None), verify as above
+# Names as in the TCG's TPM 2.0 Library, Part 2: Structures. A proof is what TPM2_Quote gives, then
+# the PCRs' values: TPM2B_ATTEST (10.12.13) with the size, then TPMS_ATTEST of magic, type,
+# qualifiedSigner, extraData, clockInfo, firmwareVersion, pcrSelect, pcrDigest; TPMT_SIGNATURE
+# (11.3.4). Our key, PCRs and report data leave each field one size.
+TPM2_PROOF = struct.Struct(f">2s4s2s36s34s17s8s10s34s6s256s{32 * len(mp.PCRS)}s")
+ATTEST = slice(2, 147)  # what is signed of it
+TPM_GENERATED_VALUE = bytes.fromhex("ff544347")  # 6.2: nothing else that the key signs begins so
+TPM_ST_ATTEST_QUOTE = bytes.fromhex("8018")  # 6.9
+TPM_RH_ENDORSEMENT = bytes.fromhex("4000000b")  # 7.4
+RSASSA_SHA256 = struct.pack(">HHH", mp.TPM_ALG_RSASSA, mp.TPM_ALG_SHA256, 256)
+DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, 9.2, note 1
+
+
+class Tpm2:
+    """Evidence of a measured boot: a TPM 2.0's quote of the PCRs, signed by the reference's key."""
+
+    def __init__(self, secret=None):
+        pass  # it takes no secret of ours
+
+    def verify(self, data, proof, reference):
+        """The checks of a proof over 32 bytes of report data. [Check]"""
+        if len(proof) != TPM2_PROOF.size:
+            sizes = (f"{size} bytes" for size in (TPM2_PROOF.size, len(proof)))
+            return [Check("proof", *sizes, False)]
+        size, magic, kind, signer, extra, _, _, selection, digest, scheme, signature, values = (
+            TPM2_PROOF.unpack(proof)
+        )
+        public = bytes.fromhex(reference.get("attestation_key", ""))
+        qualified_name = tpm_name(TPM_RH_ENDORSEMENT + tpm_name(public))  # Part 1, 16: of a primary
+        compared = {
+            "attestation key": (mp.ATTESTATION_KEY + (256).to_bytes(2, "big"), public[:-256]),
+            "size": ((ATTEST.stop - ATTEST.start).to_bytes(2, "big"), size),
+            "magic": (TPM_GENERATED_VALUE, magic),
+            "type": (TPM_ST_ATTEST_QUOTE, kind),
+            "qualifiedSigner": (mp.tpm2b(qualified_name), signer),
+            "extraData": (mp.tpm2b(data), extra),
+            "pcrSelect": (mp.pcr_selection(*mp.PCRS), selection),
+            "pcrDigest": (mp.tpm2b(hashlib.sha256(values).digest()), digest),
+            "sigAlg": (RSASSA_SHA256, scheme),
+        }
+        checks = [Check(name, a.hex(), b.hex(), a == b) for name, (a, b) in compared.items()]
+        ok = is_signed(int.from_bytes(public[-256:], "big"), proof[ATTEST], signature)
+        got = "that" if ok else "another: of another key, or of a changed quote"
+        checks.append(Check("signature", "the attestation key's", got, ok))
+        return checks + check_pcrs(values, reference.get("pcrs", {}))
+
+
+def check_pcrs(values, known):
+    """The checks of the values of PCRS against those that are known, by number. [Check]
+
+    Firmware ends each of 0 to 7 with a separator (TCG PC Client Platform Firmware Profile, 3.3.4);
+    9 would hold an initrd or load options, and our image takes none.
+    """
+    pcrs = {str(pcr): values[32 * at :][:32].hex() for at, pcr in enumerate(mp.PCRS)}
+    checks = [
+        Check(f"PCR {pcr}", known.get(pcr, "a reference value"), value, value == known.get(pcr))
+        for pcr, value in pcrs.items()
+    ]
+    zeros = [pcr for pcr, value in pcrs.items() if value == "00" * 32]
+    return [*checks, Check("PCRs at zero", "9", " ".join(zeros) or "none", zeros == ["9"])]
+
+
+def tpm_name(data):
+    """A Name by SHA-256, of a public area or of a parent and a name. (Part 1, 16; 34 bytes)"""
+    return mp.TPM_ALG_SHA256.to_bytes(2, "big") + hashlib.sha256(data).digest()
+
+
+def is_signed(modulus, message, signature):
+    """Whether this is its RSASSA-PKCS1-v1_5 signature with SHA-256 and exponent 65537, 256 bytes.
+
+    By encode and compare, so that no padding is ever parsed. (RFC 8017, 8.2.2)
+    """
+    digest_info = DIGEST_INFO + hashlib.sha256(message).digest()
+    encoded = b"\0\1" + (b"\0" + digest_info).rjust(254, b"\xff")
+    value = int.from_bytes(signature, "big")
+    return value < modulus and pow(value, 65537, modulus).to_bytes(256, "big") == encoded
+
+
+EVIDENCE = {"psk": Psk, "tpm2": Tpm2}  # a class per kind: made from the secret (or None)
 
 
 class Refusal(ProtocolError):

@@ -12,7 +12,15 @@ import environment
 import image
 import vm
 
-PROGRAMS = {"strace": "strace", "curl": "curl", "pesign": "pesign"}  # that tests run: package
+PROGRAMS = {  # that tests run: package
+    "strace": "strace",
+    "curl": "curl",
+    "openssl": "openssl",
+    "swtpm": "swtpm",
+    "swtpm_setup": "swtpm-tools",
+    "tpm2_checkquote": "tpm2-tools",
+    "pesign": "pesign",
+}
 PROGRAMS |= image.PROGRAMS | vm.PROGRAMS
 
 
