@@ -281,6 +281,7 @@ OPTIONS = SAMPLING | {
 }
 GENERATE = OPTIONS | {"prompt": is_text(0, 1 << 20)}
 GENERATE_CHAT = OPTIONS | {"messages": is_list(is_object(CHAT), 1, 1024)}
+LOG = {"log": is_one_of(True)}
 CANCEL = {"cancel": is_one_of(True)}
 OWNER = (
     {"status": is_one_of(True)},

@@ -26,6 +26,7 @@ TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import demo_model as demo  # noqa: E402
+import measure  # noqa: E402, F401  for the tests
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off
 SECONDS = 120  # that anything here may take before it counts as stuck
@@ -108,7 +109,8 @@ class Enclave:
 
     def __init__(self, site, *flags, code=ROOT, environment=None, prefix=()):
         self.site, self.lines, self.news = site, [], threading.Condition()
-        command = [*prefix, sys.executable, "-B", code / "muenclave.py", "--port", "0"]
+        command = [*prefix, sys.executable, "-B", TOOLS / "enclave.py", "--code", code]
+        command += ["--port", "0"]
         command += ["--rate", str(FREE_RATE), "--model", site.model]
         command += ["--owner-psk", site.owner_psk, "--user-psk", site.user_psk, *flags]
         self.process = subprocess.Popen(

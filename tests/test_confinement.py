@@ -925,7 +925,7 @@ class Settings(Folder):
             path = self.folder / "muenclave.conf"
             path.write_bytes(conf if isinstance(conf, bytes) else conf.encode())
             flags += ("--conf", path)
-        command = [*prefix, *python, "-B", ROOT / "muenclave.py", *flags]
+        command = [*prefix, *python, "-B", ROOT / "tools" / "enclave.py", *flags]
         options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
         options |= {"env": os.environ | (environment or {}), "timeout": SECONDS}
         return subprocess.run(list(map(str, command)), **options)
@@ -934,7 +934,11 @@ class Settings(Folder):
         """A start that must fail, in one line that says this."""
         done = self.start(*flags, **options)
         self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
-        self.assertRegex(done.stderr, r"\Amuenclave: error: [^\n]+\n\Z")
+        ours, guests = (
+            r"enclave: error: [^\n]+\n",
+            r"muenclave: error: [^\n]+\nmuenclave: stopped\n",
+        )
+        self.assertRegex(done.stderr, rf"\A(?:{ours}|{guests})\Z")
         self.assertRegex(done.stderr, pattern)
 
     def flags(self, **others):
@@ -957,7 +961,7 @@ class Settings(Folder):
         settings = {"MODEL_PATH": self.site.model, "ENCLAVE_OWNER_PSK": self.site.owner_psk}
         settings |= {"ENCLAVE_USER_PSK": self.site.user_psk, "ENCLAVE_PORT": "0"}
         conf.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        command = [sys.executable, "-B", ROOT / "muenclave.py", "--conf", conf]
+        command = [sys.executable, "-B", ROOT / "tools" / "enclave.py", "--conf", conf]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             port = int(re.fullmatch(r"muenclave: listening (\d+)\n", process.stderr.readline())[1])
             with socket.create_connection(("127.0.0.1", port)):
@@ -1009,7 +1013,7 @@ class Settings(Folder):
     def test_there_is_no_insecure_plaintext(self):
         done = self.start(*self.flags(), "--insecure-plaintext")
         self.assertEqual((done.returncode, done.stdout), (2, ""))
-        last = "muenclave: error: unrecognized arguments: --insecure-plaintext"
+        last = "enclave: error: unrecognized arguments: --insecure-plaintext"
         self.assertEqual(done.stderr.splitlines()[-1], last)
 
     def test_packages_that_are_missing(self):

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import muprotocol as mp
 import muproxy
-from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, proxy, seal
+from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, measure, proxy, seal
 
 SEED = 20261125
 MUTATIONS = {"challenge": 150, "token": 150, "user": 2350, "owner": 2350, "answer": 300}  # 10,000
@@ -642,10 +642,8 @@ class Impatient(Case):
             code = code.replace(f"\n{line}", f"\n{line.split()[0]} = {value}")
         (build / "muenclave.py").write_text(code)
         shutil.copy(ROOT / "muprotocol.py", build)
-        ask = "import muenclave as m; print(m.mp.manifest_digest(m.local_manifest()))"
-        command = [sys.executable, "-B", "-c", ask]
-        done = subprocess.run(command, cwd=build, capture_output=True, text=True, check=True)
-        reference = json.loads(site.reference.read_text()) | {"measurement": done.stdout.strip()}
+        measurement = mp.manifest_digest(measure.local_manifest(sys.executable, build))
+        reference = json.loads(site.reference.read_text()) | {"measurement": measurement}
         (build / "reference.json").write_text(json.dumps(reference))
         files = types.SimpleNamespace(**vars(site) | {"reference": build / "reference.json"})
         cls.enclave = Enclave(files, "--sessions", "3", code=build)
@@ -1049,11 +1047,11 @@ class Containers(Case):
         """A prefix that is none ends the enclave with one line."""
         for data in (b"", self.good[:11], self.flipped(0), self.flipped(8, 7), self.flipped(7)):
             self.path.write_bytes(data)
-            command = [sys.executable, "-B", ROOT / "muenclave.py", "--model", self.path]
+            command = [sys.executable, "-B", ROOT / "tools" / "enclave.py", "--model", self.path]
             command += ["--port", "0", "--owner-psk", site.owner_psk, "--user-psk", site.user_psk]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
             self.assertEqual((done.returncode, done.stdout), (1, ""))
-            self.assertRegex(done.stderr, r"\Amuenclave: error: can't use the model [^\n]+\n\Z")
+            self.assertRegex(done.stderr, r"\Aenclave: error: can't use the model [^\n]+\n\Z")
 
     def test_header(self):
         """An edited header is another model; the token of who was fooled is refused as well."""

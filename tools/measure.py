@@ -19,25 +19,36 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "run", "usr/lib/muenclave/extras")
-LOCAL = "import json, muenclave; print(json.dumps(muenclave.local_manifest()))"
+MODULES = ("muenclave.py", "muprotocol.py")
+PYTHON = """
+import importlib.metadata, json, platform
+found = importlib.metadata.distributions()
+packages = {str(d.metadata["Name"]).lower(): d.version for d in found}
+print(json.dumps({"python": platform.python_version(), "packages": packages}))
+"""
 
 
 class MeasureError(Exception):
     """It can't be measured; the text is one line that says why."""
 
 
-def local_manifest(python):
-    """The manifest of this checkout when `python` (a path) runs it. Raises MeasureError."""
-    command = [python, "-B", "-c", LOCAL]  # -c puts the checkout first, as `-m muenclave` does
+def local_manifest(python, code=ROOT):
+    """The manifest of a run outside a VM: both guest modules, Python, every installed package.
+
+    python: path of the one that runs it. code: the folder of the modules. Raises MeasureError. It
+    says which code a development enclave claims to run; only a measured boot proves it.
+    """
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        files = {name: content_hash(os.path.join(code, name)) for name in MODULES}
+        command = [python, "-B", "-c", PYTHON]
+        done = subprocess.run(command, cwd=code, capture_output=True, text=True, check=True)
     except OSError as error:
-        raise MeasureError(f"can't run {python}: {error.strerror}") from None
+        raise MeasureError(f"can't run {error.filename}: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
         raise MeasureError(
             f"{python}: {(error.stderr.strip() or 'failed').splitlines()[-1]}"
         ) from None
-    return json.loads(done.stdout)
+    return {"kind": "local", "files": files} | json.loads(done.stdout)
 
 
 def root_manifest(root, kernel, command_line):

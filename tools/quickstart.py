@@ -39,7 +39,7 @@ class Enclave:
     """A running enclave. Its log goes to LOG, and line by line to whoever waits for one."""
 
     def __init__(self, python):
-        command = [python, "-m", "muenclave", "--model", SEALED, "--port", "0"]
+        command = [python, "-B", ROOT / "tools" / "enclave.py", "--model", SEALED, "--port", "0"]
         command += ["--owner-psk", OWNER_PSK, "--user-psk", USER_PSK, "--rate", str(RATE)]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ENCLAVE_", "MODEL_"))}
         self.process = subprocess.Popen(
