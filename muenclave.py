@@ -60,8 +60,8 @@ DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
 def read_config(path=CONFIG_FILE):
     """The settings in a file's lines of KEY=value. Raises OSError, ValueError."""
     with open(path, encoding="utf-8") as file:
-        lines = [line.strip() for line in file if line.strip() and line[0] != "#"]
-    return dict(line.split("=", 1) for line in lines)
+        lines = [line for line in map(str.strip, file) if line and line[0] != "#"]
+    return dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in lines)
 
 
 def read_measurement(settings):
@@ -772,7 +772,7 @@ class Session:
             self.user = user
 
     def tell_log(self):
-        """Instead of steps 2 and 3: the log of a boot that nobody has trusted yet. Ends the session.
+        """Instead of steps 2 and 3: the log of a boot that nobody trusts yet. Ends the session.
 
         It is the firmware's, so the host knows it; no lease is there yet that could pay for it.
         """

@@ -998,7 +998,7 @@ class Settings(Folder):
         for pattern, conf in (
             ("unknown setting 'ENCLAVE_PRT'", "ENCLAVE_PRT=1\n"),
             ("must hold KEY=value lines", "MODEL_PATH\n"),
-            ("must hold KEY=value lines", "MODEL_PATH=a\0b\n"),
+            ("MODEL_PATH: a zero byte", "MODEL_PATH=a\0b\n"),
             ("must hold KEY=value lines", b"MODEL_PATH=\xff\n"),
         ):
             with self.subTest(conf=conf):
