@@ -284,7 +284,7 @@ RB_AUTOBOOT = 0x01234567
 MODULES, FINIT_MODULE = "/usr/lib/modules", 313
 
 
-def guest_main():
+def guest_main(settings):
     """Mounts and log; then the enclave, whose settings are measured. The guest ends with it."""
     try:
         mount("proc", "/proc", "proc", NO_FILES, b"hidepid=2")
@@ -298,7 +298,7 @@ def guest_main():
         if os.path.exists("/dev/dm-0"):  # without it the enclave can be verified, no more
             mount("/dev/dm-0", EXTRAS, "squashfs", MS_NOSUID | MS_NODEV | MS_RDONLY)
         mount("", "/", "", MS_REMOUNT | MS_RDONLY)
-        init_main(DEFAULTS | read_config())
+        init_main(settings | read_config())
     except (OSError, ValueError) as error:
         say(f"error: {error}")
     finally:
