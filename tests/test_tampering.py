@@ -5,36 +5,28 @@ The guests of a pair boot side by side, since each takes a while.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
 import subprocess
-import sys
 import tempfile
-import threading
-import types
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-import muprotocol as mp
-import muproxy
-from tests import guest, support
+from tests import guest, host, network, support
 from tests.guest import image, vm
 
 import kernel  # noqa: E402  isort: skip
 import rootfs  # noqa: E402  isort: skip
 
-ALWAYS = set()
 SIDE_BY_SIDE = 2  # guests
-MEMORY, CPUS = 1024, 1  # of the shape that is enrolled
 OTHER_FIRMWARE = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"
 site = base = folder = pool = None
 
 
 def setUpModule():
-    """Build the image and the changed ones; boot and enrol the first; start to boot the others."""
+    """Build the image; boot and enrol it."""
     global site, base, folder, pool
     if guest.MISSING:
         raise unittest.SkipTest(f"not installed: {' '.join(guest.MISSING)}")
@@ -47,91 +39,17 @@ def setUpModule():
     guest.build(folder / "image", "--no-extras")
     site.reference = folder / "tpm2.json"
     shutil.copy(folder / "image" / "reference.json", site.reference)
-    enrol_key(folder / "tpm", site.reference)
-    base = Host(folder / "image")
+    host.enrol_key(folder / "tpm", site.reference)
+    base = booted(folder / "image")
     unittest.addModuleCleanup(base.end)
     base.start()
-    enrol_pcrs(base.port, site.reference)
+    base.wait_for("muenclave: locked")
+    host.enrol_pcrs(base.port, site.reference)
 
 
-def run_enroll(reference, *arguments):
-    """Run tools/enroll.py on a file of reference values."""
-    command = [sys.executable, support.TOOLS / "enroll.py", reference, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def enrol_key(state, reference):
-    """Make a TPM, whose state stays in a folder, and enrol its attestation key."""
-    state.mkdir()
-    port, control = vm.free_port(), vm.free_port()
-    command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}"]
-    command += ["--server", f"type=tcp,port={port},disconnect"]
-    command += ["--ctrl", f"type=tcp,port={control}", "--flags", "not-need-init,startup-clear"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tpm:
-        try:
-            assert guest.wait_until(lambda: is_open(control))
-            run_enroll(reference, "--tpm", f"127.0.0.1:{port}")
-        finally:
-            tpm.terminate()
-
-
-def is_open(port):
-    """Whether somebody listens on a port of 127.0.0.1."""
-    with pathlib.Path("/proc/net/tcp").open() as table:
-        return any(line.split()[1] == f"0100007F:{port:04X}" for line in table)
-
-
-def enrol_pcrs(port, reference):
-    """Enrol the PCRs of a guest that runs."""
-    run_enroll(reference, "--enclave", f"127.0.0.1:{port}")
-
-
-class Host:
-    """A host that boots what it likes: our image and TPM, with one change; ends all of it.
-
-    change: gets QEMU's command line, a list of words, and returns another one.
-    """
-
-    def __init__(self, built, change=lambda command: command, **flags):
-        self.folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
-        self.state = self.folder / "state"
-        shutil.copytree(folder / "tpm", self.state)
-        facts = {"weights": site.model, "extras": None, "boot": built / "esp.img", "gpu": []}
-        facts |= {"firmware": vm.FIRMWARE, "memory": MEMORY, "cpus": CPUS, "vsock": None}
-        facts |= {"microvm": False, "accelerator": "tcg", "kernel": None}
-        self.flags, self.change = types.SimpleNamespace(**facts | flags), change
-        self.processes, self.lines, self.port = [], [], vm.free_port()
-
-    def start(self):
-        """Boot it, and wait until its gate listens."""
-        self.processes.append(vm.start_tpm(self.state, self.folder))
-        command = self.change(vm.command_line(self.flags, self.port, self.folder))
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
-        streams |= {"stderr": subprocess.STDOUT, "errors": "replace"}
-        self.processes.append(vm.start(list(map(str, command)), **streams))
-        stuck = threading.Timer(guest.SECONDS, self.end)
-        stuck.start()
-        with contextlib.closing(self.processes[-1].stdout) as lines:
-            for line in lines:
-                self.lines.append(line.strip())
-                if "muenclave: locked" in line:
-                    break
-            else:
-                raise AssertionError(f"the guest did not start: {self.lines}")
-            stuck.cancel()
-            threading.Thread(
-                target=self._drain, args=(os.dup(lines.fileno()),), daemon=True
-            ).start()
-        return self
-
-    def _drain(self, descriptor):
-        with open(descriptor, errors="replace") as lines:
-            self.lines += [line.strip() for line in lines]
-
-    def end(self):
-        """End QEMU and the TPM."""
-        vm.end(*reversed(self.processes))
+def booted(built, *change, tpm=None, **flags):
+    """A host of an image, our weights and our TPM, with one change."""
+    return host.Host(built, site.model, tpm or folder / "tpm", *change, **flags)
 
 
 # ---------------------------------------------------------------- what a host may change
@@ -163,7 +81,7 @@ def one_byte_of_the_image():
     program[at] ^= 1
     (changed / "muenclave.efi").write_bytes(program)
     image.write_esp(changed / "muenclave.efi", changed / "esp.img")
-    return Host(changed)
+    return booted(changed)
 
 
 def built_otherwise(name, **patches):
@@ -174,7 +92,7 @@ def built_otherwise(name, **patches):
             module, _, attribute = patch.partition("__")
             stack.enter_context(mock.patch.object(globals()[module], attribute, value))
         image.build_image("tcp", None, None, changed, image.read_lock())
-    return Host(changed)
+    return booted(changed)
 
 
 def another_command_line():
@@ -195,7 +113,7 @@ def another_kernel():
 def an_initrd_beside():
     """-kernel and -initrd: the firmware starts the same unified image, with an initrd of ours."""
     program, archive = folder / "image" / "muenclave.efi", evil_archive()
-    return Host(folder / "image", lambda c: [*c, "-kernel", program, "-initrd", archive])
+    return booted(folder / "image", lambda c: [*c, "-kernel", program, "-initrd", archive])
 
 
 def an_initrd_by_a_boot_variable():
@@ -213,25 +131,25 @@ def an_initrd_by_a_boot_variable():
     known.set_boot_next(0x99)
     store.write_varstore(str(variables), known)
     change = lambda command: replaced(command, vm.VARIABLES, variables)  # noqa: E731
-    return Host(folder / "image", change, boot=disk)
+    return booted(folder / "image", change, boot=disk)
 
 
 def an_option_rom():
     """Code of the network device's own, which the firmware would run."""
     rom = "virtio-net-pci,netdev=net"
-    return Host(
+    return booted(
         folder / "image", lambda c: [w.removesuffix(",romfile=") if rom in w else w for w in c]
     )
 
 
 def another_firmware():
     """Another build of the same firmware."""
-    return Host(folder / "image", firmware=OTHER_FIRMWARE)
+    return booted(folder / "image", firmware=OTHER_FIRMWARE)
 
 
 def another_shape():
     """A machine with another amount of memory."""
-    return Host(folder / "image", memory=MEMORY + 512)
+    return booted(folder / "image", memory=1536)
 
 
 CHANGES = {  # what differs: what it makes fail, beside what follows from it in every boot
@@ -246,22 +164,12 @@ CHANGES = {  # what differs: what it makes fail, beside what follows from it in 
 }
 
 
-def attest(port, reference=None):
-    """(names of the checks that failed, exit status) of muproxy attest."""
-    flags = ["--port", port, "--reference", reference or site.reference, "--json"]
-    done = support.proxy("attest", *flags, "--role", "owner")
-    checks = json.loads(done.stdout)["checks"]
-    return {check["name"] for check in checks if not check["ok"]}, done.returncode
-
-
 def outcome(change):
-    """What muproxy says of a boot with one change."""
-    host = change()
-    try:
-        host.start()
-        return attest(host.port)
-    finally:
-        host.end()
+    """What muproxy says of a boot with one change: (names of the checks that fail, exit status)."""
+    with change() as changed:
+        changed.wait_for("muenclave: locked")
+        failed, status = host.attest(changed.port, site.reference)
+        return set(failed), status
 
 
 class Boots(unittest.TestCase):
@@ -272,13 +180,36 @@ class Boots(unittest.TestCase):
         cls.outcomes = {change: pool.submit(outcome, change) for change in CHANGES}
 
     def test_unchanged(self):
-        self.assertEqual(attest(base.port), (set(), 0))
+        self.assertEqual(host.attest(base.port, site.reference), ({}, 0))
 
     def test_each_change(self):
         for change, expected in CHANGES.items():
             with self.subTest(change.__name__):
                 failed, status = self.outcomes[change].result()
                 self.assertEqual((failed, status), (expected, 1))
+
+
+class Outside(unittest.TestCase):
+    """What the network sees of the guest, all of its cable in our hands."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cable = network.Cable()
+        cls.addClassCleanup(cls.cable.close)
+        change = lambda command: [cls.cable.options if "user,id=net" in w else w for w in command]  # noqa: E731
+        cls.host = booted(folder / "image", change)
+        cls.addClassCleanup(cls.host.end)
+        cls.host.start()
+        cls.host.wait_for("muenclave: locked")
+
+    def test_one_port_answers(self):
+        self.assertIsNone(self.cable.receive(2))  # it says nothing before it is asked
+        answers = self.cable.scan()
+        self.assertEqual(len(answers), 65535)
+        opened = {port: flags for port, flags in answers.items() if not flags & network.RST}
+        self.assertEqual(opened, {9000: network.SYN | network.ACK})
+        kinds = {(network.ARP, None), (network.IP, network.TCP)}
+        self.assertEqual(self.cable.seen, kinds)
 
 
 if __name__ == "__main__":
