@@ -8,8 +8,8 @@ trusted base of both sides: it parses what an attacker sends, before and after t
     step            direction   payload of the frame
     0 challenge     H -> E      CHALLENGE as JSON, in clear
     1 measurement   E -> H      MEASUREMENT as JSON, then the proof (raw evidence), in clear
-    2 token         H -> E      record: UNLOCK (role owner) or ACCESS (role user)
-    3 ready         E -> H      records: PROGRESS while weights load, then READY or ERROR
+    2 token         H -> E      record: UNLOCK or LOG (role owner) or ACCESS (role user)
+    3 ready         E -> H      records: PROGRESS while weights load, then READY, LOGGED or ERROR
     4 request       H -> E      record: GENERATE, or CANCEL while an answer runs; owner: OWNER
     5 response      E -> H      records of packed ids, then FINAL or ERROR
 
@@ -146,10 +146,8 @@ def _check_tree(value, depth):
     elif isinstance(value, dict | list):
         if depth > JSON_DEPTH:
             raise ProtocolError("bad_json", "nested too deeply")
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
             _check_tree(item, depth + 1)
-        for key in value if isinstance(value, dict) else ():
-            _check_tree(key, depth + 1)
 
 
 def _is_unicode(text):
@@ -281,13 +279,10 @@ OPTIONS = SAMPLING | {
 }
 GENERATE = OPTIONS | {"prompt": is_text(0, 1 << 20)}
 GENERATE_CHAT = OPTIONS | {"messages": is_list(is_object(CHAT), 1, 1024)}
-LOG = {"log": is_one_of(True)}
+LOG = {"log": is_one_of(True)}  # in place of UNLOCK; answered by LOGGED, and the session ends
+LOGGED = {"log": lambda v: isinstance(v, str) and re.fullmatch("([0-9a-f]{2})*", v) is not None}
 CANCEL = {"cancel": is_one_of(True)}
-OWNER = (
-    {"status": is_one_of(True)},
-    {"lock": is_one_of(True)},
-    {"revoke": is_hex(32)},
-)
+OWNER = ({"status": is_one_of(True)}, {"lock": is_one_of(True)}, {"revoke": is_hex(32)})
 USAGE = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}
 FINAL = {
     "elapsed_ms": COUNT,
@@ -419,21 +414,23 @@ def manifest_digest(manifest):
 
 
 # ---------------------------------------------------------------- evidence of kind tpm2
-# Structures of the TCG's TPM 2.0 Library, Part 2 (version 1.59), big-endian. TPM2B_: a 2-byte size,
-# then so many bytes.
+# The TCG's TPM 2.0 Library (version 1.59): structures as in its Part 2, commands as in its Part 3,
+# big-endian. TPM2B_: a 2-byte size, then so many bytes.
 
 TPM_ALG_RSA, TPM_ALG_SHA256, TPM_ALG_NULL, TPM_ALG_RSASSA = 0x0001, 0x000B, 0x0010, 0x0014  # 6.3
+TPM_CC_CREATE_PRIMARY, TPM_CC_QUOTE, TPM_CC_FLUSH, TPM_CC_PCR_READ = 0x131, 0x158, 0x165, 0x17E
+TPM_ST_NO_SESSIONS, TPM_ST_SESSIONS = 0x8001, 0x8002  # 6.9
+TPM_RH_ENDORSEMENT = bytes.fromhex("4000000b")  # 7.4
+EMPTY_PASSWORD = struct.pack(">IHBH", 0x40000009, 0, 0, 0)  # TPM_RS_PW in a TPMS_AUTH_COMMAND
+TPM_BUFFER = 4096  # bytes: the longest response
 PCRS = (0, 1, 2, 3, 4, 5, 6, 7, 9)  # 0-7: firmware and what it boots; 9: what was put beside that
 # TPMA_OBJECT (8.3): fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA (it has no
 # password that a lockout could protect), restricted, sign.
 SIGNING_KEY = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10 | 1 << 16 | 1 << 18
 # The attestation key's TPMT_PUBLIC (12.2.4) up to its modulus: RSA, its Name by SHA-256, no policy,
 # then TPMS_RSA_PARMS: no symmetric cipher, RSASSA with SHA-256, 2048 bits, exponent 0 for 65537.
-ATTESTATION_KEY = struct.pack(
-    ">HHIHHHHHI",
-    *(TPM_ALG_RSA, TPM_ALG_SHA256, SIGNING_KEY, 0),
-    *(TPM_ALG_NULL, TPM_ALG_RSASSA, TPM_ALG_SHA256, 2048, 0),
-)
+ATTESTATION_KEY = struct.pack(">HHIH", TPM_ALG_RSA, TPM_ALG_SHA256, SIGNING_KEY, 0)
+ATTESTATION_KEY += struct.pack(">HHHHI", TPM_ALG_NULL, TPM_ALG_RSASSA, TPM_ALG_SHA256, 2048, 0)
 
 
 def tpm2b(data):
@@ -445,6 +442,48 @@ def pcr_selection(*pcrs):
     """TPML_PCR_SELECTION (10.9.7) of these PCRs, of the SHA-256 bank alone. 10 bytes."""
     bits = sum(1 << pcr for pcr in pcrs)
     return struct.pack(">IHB", 1, TPM_ALG_SHA256, 3) + bits.to_bytes(3, "little")
+
+
+def tpm_command(code, handles=b"", parameters=b"", authorization=b""):
+    """A command, ready to write to a TPM. (Part 1, 18)"""
+    area = len(authorization).to_bytes(4, "big") + authorization if authorization else b""
+    tag = TPM_ST_SESSIONS if authorization else TPM_ST_NO_SESSIONS
+    body = handles + area + parameters
+    return struct.pack(">HII", tag, 10 + len(body), code) + body
+
+
+def tpm_response(data):
+    """What follows the header of a response; None until all of it has come.
+
+    Raises OSError for another response code than success, and for what is no response at all.
+    """
+    size = int.from_bytes(data[2:6], "big")
+    if len(data) < max(10, min(size, TPM_BUFFER)):
+        return None
+    if len(data) != size or any(data[6:10]):
+        raise OSError(f"the TPM answers {data[:10].hex()}")
+    return data[10:]
+
+
+def tpm_create_primary(public):
+    """TPM2_CreatePrimary in the endorsement hierarchy: always the same key, from the TPM's seed.
+
+    public: TPMT_PUBLIC, its unique part included. tpm_created reads the response.
+    """
+    sensitive, outside_info, creation_pcr = struct.pack(">HHH", 4, 0, 0), bytes(2), bytes(4)
+    parameters = sensitive + tpm2b(public) + outside_info + creation_pcr
+    return tpm_command(TPM_CC_CREATE_PRIMARY, TPM_RH_ENDORSEMENT, parameters, EMPTY_PASSWORD)
+
+
+def tpm_created(body):
+    """(handle of 4 bytes, TPMT_PUBLIC) from the response to TPM2_CreatePrimary."""
+    return body[:4], body[10 : 10 + int.from_bytes(body[8:10], "big")]
+
+
+def tpm_quote(key, data):
+    """TPM2_Quote of PCRS by a key's handle and its own scheme; data: what it is to bind."""
+    parameters = tpm2b(data) + TPM_ALG_NULL.to_bytes(2, "big") + pcr_selection(*PCRS)
+    return tpm_command(TPM_CC_QUOTE, key, parameters, EMPTY_PASSWORD)
 
 
 # ---------------------------------------------------------------- records
@@ -642,12 +681,10 @@ def key_commitment(weights_key, salt):
     return hkdf(weights_key, bytes.fromhex(salt), b"mus v1 key commitment")
 
 
-ITEM_SIZES = {
-    1: "U8 I8 BOOL F8_E4M3 F8_E5M2",
-    2: "U16 I16 F16 BF16",
-    4: "U32 I32 F32",
-    8: "I64 F64",
-}
+ITEM_SIZES = dict.fromkeys("U8 I8 BOOL F8_E4M3 F8_E5M2".split(), 1)  # bytes
+ITEM_SIZES |= dict.fromkeys("U16 I16 F16 BF16".split(), 2)
+ITEM_SIZES |= dict.fromkeys("U32 I32 F32".split(), 4)
+ITEM_SIZES |= dict.fromkeys("I64 F64".split(), 8)
 
 
 def safetensors_entries(data):
@@ -656,7 +693,6 @@ def safetensors_entries(data):
     Form: 8-byte little-endian header length, JSON header, data; the spans are contiguous from the
     header's end to the file's, each as long as shape x dtype. Raises ValueError.
     """
-    sizes = {name: size for size, names in ITEM_SIZES.items() for name in names.split()}
     is_size = is_integer(0, 1 << 50)
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= min(100 << 20, len(data) - 8):
@@ -666,9 +702,9 @@ def safetensors_entries(data):
     entries, end = [], 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
-        if not all(map(is_size, [*shape, start, stop])) or entry["dtype"] not in sizes:
+        if not all(map(is_size, [*shape, start, stop])) or entry["dtype"] not in ITEM_SIZES:
             raise ValueError(f"{name}: shape or dtype is not valid")
-        if start != end or stop - start != math.prod(shape) * sizes[entry["dtype"]]:
+        if start != end or stop - start != math.prod(shape) * ITEM_SIZES[entry["dtype"]]:
             raise ValueError(f"{name}: offsets do not fit")
         entries.append((name, entry["dtype"], shape, 8 + length + start, stop - start))
         end = stop

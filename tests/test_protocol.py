@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import random
 import socket
+import struct
 import unittest
 
 from hypothesis import example, given, settings
@@ -137,6 +138,8 @@ MESSAGES = {
     "GENERATE": OPTIONS | {"prompt": "hello"},
     "GENERATE_CHAT": OPTIONS | {"messages": [{"role": "user", "content": "hello"}]},
     "CANCEL": {"cancel": True},
+    "LOG": {"log": True},
+    "LOGGED": {"log": "00ff"},
     "USAGE": USAGE,
     "FINAL": {"elapsed_ms": 5, "finish_reason": "stop", "usage": USAGE, "completion": "x"} | COUNTS,
     "FILE_ENTRY": {"path": "config.json", "offset": 0, "size": 2},
@@ -158,7 +161,7 @@ class Schemas(unittest.TestCase):
 
     def test_each_field_is_checked(self):
         loose = {("CHAT", "content"), ("GENERATE", "prompt"), ("FINAL", "completion")}
-        may_be_empty = {("READY", "lease"), *loose}
+        may_be_empty = {("READY", "lease"), ("LOGGED", "log"), *loose}
         for name, message in MESSAGES.items():
             for field in message:
                 for wrong in WRONG:
@@ -388,6 +391,52 @@ class KeyAgreement(unittest.TestCase):
         for text in ("", "ab" * 31, "AB" * 32, "ab" * 33, "g" * 64, "ab " * 32):
             with self.assertRaises(ValueError):
                 mp.parse_secret(text)
+
+
+class Tpm(unittest.TestCase):
+    """Commands and responses of a TPM 2.0 as its Library, Part 3, lays them out."""
+
+    def test_commands(self):
+        read = mp.tpm_command(mp.TPM_CC_PCR_READ, b"", mp.pcr_selection(0, 9))
+        self.assertEqual(read.hex(), "8001000000140000017e00000001000b03010200")
+        flush = mp.tpm_command(mp.TPM_CC_FLUSH, bytes.fromhex("80000001"))
+        self.assertEqual(flush.hex(), "80010000000e0000016580000001")
+        key, data = bytes.fromhex("80000000"), bytes(range(32))
+        password = "00000009400000090000000000"
+        expected = f"8002 00000049 00000158 80000000 {password} 0020 {data.hex()}"
+        expected += "0010 00000001 000b 03 ff0200"
+        self.assertEqual(mp.tpm_quote(key, data), bytes.fromhex(expected))
+        create = mp.tpm_create_primary(mp.ATTESTATION_KEY + bytes(2))
+        expected = f"8002 00000041 00000131 4000000b {password} 0004 0000 0000"
+        expected += "0018 0001 000b 00050472 0000 0010 0014 000b 0800 00000000 0000"
+        expected += "0000 00000000"
+        self.assertEqual(create, bytes.fromhex(expected))
+
+    def test_key_created(self):
+        body = bytes.fromhex("80000003 00000009 0003 010203 ffff ffff")
+        self.assertEqual(mp.tpm_created(body), (bytes.fromhex("80000003"), b"\1\2\3"))
+
+    def test_responses(self):
+        header = struct.Struct(">HII")
+        for response, body in (
+            (header.pack(0x8001, 10, 0), b""),
+            (header.pack(0x8002, 14, 0) + b"abcd", b"abcd"),
+            (header.pack(0x8001, mp.TPM_BUFFER, 0) + bytes(4086), bytes(4086)),
+        ):
+            self.assertEqual(mp.tpm_response(response), body)
+            for size in range(len(response)):
+                self.assertIsNone(mp.tpm_response(response[:size]), size)
+        for response in (
+            header.pack(0x8001, 10, 0x101),  # TPM_RC_FAILURE
+            header.pack(0x8001, 10, 1 << 31),
+            header.pack(0x8001, 9, 0),
+            header.pack(0x8001, 0, 0),
+            header.pack(0x8001, 10, 0) + b"\0",
+            header.pack(0x8001, 0xFFFFFFFF, 0) + bytes(mp.TPM_BUFFER - 10),
+        ):
+            with self.subTest(response=response[:12].hex()), self.assertRaises(OSError) as caught:
+                mp.tpm_response(response)
+            self.assertEqual(str(caught.exception), f"the TPM answers {response[:10].hex()}")
 
 
 class AesGcm(unittest.TestCase):
