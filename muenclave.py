@@ -385,84 +385,49 @@ class Psk:
         return mp.psk_proof(self._secrets[role], data)
 
 
-# Constants of the TCG's TPM 2.0 Library, Part 2 (Structures); commands as in its Part 3.
-TPM_ST_NO_SESSIONS, TPM_ST_SESSIONS = 0x8001, 0x8002
-TPM_CC_CREATE_PRIMARY, TPM_CC_FLUSH_CONTEXT = 0x131, 0x165
-TPM_CC_QUOTE, TPM_CC_PCR_READ = 0x158, 0x17E
-TPM_RH_ENDORSEMENT = 0x4000000B
-EMPTY_PASSWORD = struct.pack(">IHBH", 0x40000009, 0, 0, 0)  # TPM_RS_PW in a TPMS_AUTH_COMMAND
 TRANSIENT_HANDLES = range(0x80000000, 0x80000003)  # as many as every TPM has places for
-TPM_RC_SUCCESS = bytes(4)
-TPM_BUFFER = 4096  # bytes: the longest response
-TPM_SECONDS = 120  # to make a key; the kernel's own limits are shorter
-
-
-def tpm_command(device, code, handles=b"", parameters=b"", authorization=b""):
-    """Send a TPM 2.0 command to an open device; what follows its response's header. (Part 1, 18)
-
-    Raises OSError for another response code than success, and for what is no response at all.
-    """
-    area = len(authorization).to_bytes(4, "big") + authorization if authorization else b""
-    tag = TPM_ST_SESSIONS if authorization else TPM_ST_NO_SESSIONS
-    body = handles + area + parameters
-    os.write(device, struct.pack(">HII", tag, 10 + len(body), code) + body)
-    response, size = b"", 10
-    while len(response) < size and is_readable(device, TPM_SECONDS):
-        block = os.read(device, TPM_BUFFER)
-        if not block:
-            break
-        response += block
-        size = int.from_bytes(response[2:6], "big")
-    if len(response) != size or response[6:10] != TPM_RC_SUCCESS:
-        raise OSError(f"the TPM answers {response[:10].hex()} to command {code:#x}")
-    return response[10:]
-
-
-def create_primary(device, public):
-    """TPM2_CreatePrimary in the endorsement hierarchy, from a TPMT_PUBLIC without its unique part.
-
-    The same key at every boot: it follows from the TPM's seed. (handle, whole TPMT_PUBLIC)
-    """
-    sensitive, outside_info, creation_pcr = struct.pack(">HHH", 4, 0, 0), bytes(2), bytes(4)
-    parameters = sensitive + mp.tpm2b(public) + outside_info + creation_pcr
-    hierarchy = TPM_RH_ENDORSEMENT.to_bytes(4, "big")
-    body = tpm_command(device, TPM_CC_CREATE_PRIMARY, hierarchy, parameters, EMPTY_PASSWORD)
-    return body[:4], body[10 : 10 + int.from_bytes(body[8:10], "big")]
+EVENT_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
 
 
 class Tpm2:
     """Evidence of a measured boot: a TPM 2.0's quote of the PCRs, by a key that signs nothing else.
 
     The key stays loaded and the device open for as long as the gate runs, which alone uses it.
+    log: the firmware's event log (TCG PC Client Platform Firmware Profile, 10), b"" without one.
     """
 
     def __init__(self, settings):
-        self._lock = threading.Lock()
-        try:
-            self._device = os.open(settings["ENCLAVE_TPM"], os.O_RDWR | os.O_CLOEXEC)
-            for handle in TRANSIENT_HANDLES:  # of a gate before this one
-                with contextlib.suppress(OSError):
-                    tpm_command(self._device, TPM_CC_FLUSH_CONTEXT, b"", handle.to_bytes(4, "big"))
-            unique = bytes(2)
-            self._key, _ = create_primary(self._device, mp.ATTESTATION_KEY + unique)
-            self._pcrs = b"".join(map(self.read_pcr, mp.PCRS))
-        except OSError as error:
-            text = f"ENCLAVE_TPM: can't use the TPM at {settings['ENCLAVE_TPM']}: {error}"
-            raise StartError(text) from None
+        self._lock, self.log = threading.Lock(), b""
+        self._device = os.open(settings["ENCLAVE_TPM"], os.O_RDWR | os.O_CLOEXEC)
+        for handle in TRANSIENT_HANDLES:  # of a gate before this one
+            with contextlib.suppress(OSError):
+                self._ask(mp.tpm_command(mp.TPM_CC_FLUSH, b"", handle.to_bytes(4, "big")))
+        created = self._ask(mp.tpm_create_primary(mp.ATTESTATION_KEY + bytes(2)))
+        self._key, _ = mp.tpm_created(created)
+        # The PCRs' values are read as they are; what they are worth, the quote decides.
+        reads = (mp.tpm_command(mp.TPM_CC_PCR_READ, b"", mp.pcr_selection(n)) for n in mp.PCRS)
+        self._pcrs = b"".join(self._ask(read)[-32:] for read in reads)
+        with contextlib.suppress(FileNotFoundError), open(EVENT_LOG, "rb") as file:
+            self.log = file.read()
 
-    def read_pcr(self, pcr):
-        """TPM2_PCR_Read: the value of a PCR, 32 bytes; what it is worth, the quote decides."""
-        return tpm_command(self._device, TPM_CC_PCR_READ, b"", mp.pcr_selection(pcr))[-32:]
+    def _ask(self, command):
+        """What follows the header of the response to a command. Raises OSError."""
+        os.write(self._device, command)
+        response = b""
+        while (body := mp.tpm_response(response)) is None:
+            block = os.read(self._device, mp.TPM_BUFFER)
+            if not block:
+                raise OSError("the TPM has gone")
+            response += block
+        return body
 
     def produce(self, role, data):
         """The proof over 32 bytes of report data, as TPM2_Quote gives it, then the PCRs' values.
 
         TPM2B_ATTEST, TPMT_SIGNATURE, 32 bytes for each of PCRS. Raises OSError.
         """
-        by_the_keys_scheme = mp.TPM_ALG_NULL.to_bytes(2, "big")
-        parameters = mp.tpm2b(data) + by_the_keys_scheme + mp.pcr_selection(*mp.PCRS)
         with self._lock:
-            body = tpm_command(self._device, TPM_CC_QUOTE, self._key, parameters, EMPTY_PASSWORD)
+            body = self._ask(mp.tpm_quote(self._key, data))
         return body[4 : 4 + int.from_bytes(body[:4], "big")] + self._pcrs
 
 
