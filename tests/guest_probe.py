@@ -1,7 +1,8 @@
 """PID 1 of a test build of the guest: the real one, and beside it probes of what root can do there.
 
 tests/test_vm.py puts this file in the place of muenclave.py, and the real one beside it as real.py.
-The result goes to the serial port as one line of JSON.
+The result goes to the serial port as one line of JSON. The engine is one that does harm when its
+prompt says so, confined as the real one is.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 
+import muprotocol as mp
 import real
 
 HOST, ELSEWHERE = "10.0.2.2", "192.0.2.1"  # the host, as QEMU's network shows it; RFC 5737
@@ -166,8 +168,26 @@ def probe():
     print("probe: " + json.dumps(found), file=sys.stderr, flush=True)
 
 
+def engine(settings, gate, loader):
+    """Take the arena as the real engine does, then do what a prompt says: "memory", "fault"."""
+    mp.read_frame(gate, mp.HANDSHAKE_FRAME)  # the model's type
+    real.drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
+    real.confine("engine", settings["ENCLAVE_CONFINEMENT"])
+    with loader:
+        real.map_arena(loader)
+    gate.sendall(mp.PIPE.pack(mp.LOADED, 0, 1024))
+    request = json.loads(mp.read_frame(gate, mp.MESSAGE_LIMIT))
+    if request["prompt"] == "fault":
+        ctypes.string_at(0)
+    hoard = []
+    while request["prompt"] == "memory":
+        hoard.append(b"x" * (1 << 24))
+
+
 def main():
-    """Its roles are the real ones; as PID 1, probe beside it."""
+    """Its roles are the real ones but for the engine; as PID 1, probe beside it."""
+    real.__file__ = __file__  # what init starts again
+    real.ROLES["--engine"] = engine
     if sys.argv[1:] == ["--init"]:
         threading.Thread(target=probe, daemon=True).start()
     return real.main()

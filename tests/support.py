@@ -101,6 +101,17 @@ def make_site(folder, sealed=None):
     return site
 
 
+def unlock_token(site, **lease):
+    """An unlock token for a site's model, whose lease differs from a generous one in these."""
+    fields = {"id": secrets.token_hex(16), "sequence": time.time_ns() // 1000}
+    fields |= {"rate": FREE_RATE, "burst": 1 << 20, "budget": 10**7, "expiry": 3600}
+    users = [mp.token_hash(muproxy.read_token(site.token))]
+    fields |= {"users": users, "policy": {"verified": False, "latency_ms": 0}}
+    key = muproxy.read_key_file(site.key, None)[1].hex()
+    digest = muproxy.read_container(site.model).digest
+    return {"key": key, "model": digest, "lease": fields | lease}
+
+
 class Enclave:
     """An enclave process on a port of its own; locked until `unlock`. Ends with its `with` block.
 
@@ -177,13 +188,7 @@ class Enclave:
 
     def unlock_token(self, **lease):
         """An unlock token whose lease differs from a generous one in these fields."""
-        fields = {"id": secrets.token_hex(16), "sequence": time.time_ns() // 1000}
-        fields |= {"rate": FREE_RATE, "burst": 1 << 20, "budget": 10**7, "expiry": 3600}
-        users = [mp.token_hash(muproxy.read_token(self.site.token))]
-        fields |= {"users": users, "policy": {"verified": False, "latency_ms": 0}}
-        key = muproxy.read_key_file(self.site.key, None)[1].hex()
-        digest = muproxy.read_container(self.site.model).digest
-        return {"key": key, "model": digest, "lease": fields | lease}
+        return unlock_token(self.site, **lease)
 
     def unlock(self, **lease):
         """Unlock it by a session of the owner, wait until it is ready. Returns READY."""
