@@ -34,7 +34,6 @@ import rootfs
 from environment import ROOT, ToolError
 
 sys.path.insert(0, str(ROOT))
-import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 
 LOCK = ROOT / "tools" / "image.lock"
@@ -42,6 +41,7 @@ OUTPUT = ROOT / "build"
 COMMAND_LINE = rootfs.BOARD / "cmdline"
 KERNEL_SOURCE = "linux-source-6.1"
 COMPARED_SOURCE = "linux-source-6.12"  # of the series that Buildroot builds: only its options count
+COMPARED_KERNEL = "linux-image-cloud-amd64"  # names the package of the kernel that bench.py boots
 EXTRAS_DEBIAN = ("libstdc++6", "libssl3", "libbz2-1.0", "liblzma5")
 EXTRAS_WANTED = ("torch==2.13.0", "transformers>=5,<6", "accelerate>=1.10")
 PYTHON_VERSION = "3.11"  # the guest's
@@ -149,6 +149,15 @@ def candidate(name):
     return found[1] if found and found[1] != "(none)" else None
 
 
+def dependency(name):
+    """The package that a package is there to name: the first that it depends on. ToolError."""
+    told = subprocess.run(["apt-cache", "show", name], capture_output=True, text=True).stdout
+    found = re.search(r"^Depends: (\S+)", told, re.MULTILINE)
+    if found is None:
+        raise ToolError(f"the archive has no {name}; try apt-get update")
+    return found[1]
+
+
 def pip():
     """The command of a pip: of this Python, or of the project's. ToolError."""
     for python in (sys.executable, environment.VENV / "bin" / "python"):
@@ -178,7 +187,7 @@ def write_lock():
     """Pin what the archives offer now, with the hashes of what was fetched."""
     pins = {"debian": {}, "compared": {}, "wheels": {}, "extras": {}}
     names = dict.fromkeys((KERNEL_SOURCE, *rootfs.DEBIAN, *EXTRAS_DEBIAN), "debian")
-    names[COMPARED_SOURCE] = "compared"
+    names |= dict.fromkeys((COMPARED_SOURCE, dependency(COMPARED_KERNEL)), "compared")
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in names.items():
             version = candidate(name)
@@ -278,7 +287,7 @@ def build_kernel(variant, lock):
 
 
 def build_rootfs(overlay, lock):
-    """The folder with `root`, the root file system, and `rootfs.cpio.zst`, the initramfs of it."""
+    """The folder that holds `root`: the root file system, but for the manifest of an image."""
     debian = [package("debian", name, lock) for name in rootfs.DEBIAN]
     wheels = [package("wheels", name, lock) for name in rootfs.WHEELS]
     own = [ROOT / name for name in rootfs.MODULES]
@@ -291,18 +300,12 @@ def build_rootfs(overlay, lock):
         folder.mkdir()
         unpacked, root = folder / "unpacked", folder / "root"
         rootfs.unpack(debian, wheels, unpacked)
-        rootfs.fill(unpacked, root, muenclave.MOUNT_POINTS)
+        rootfs.fill(unpacked, root, measure.MOUNT_POINTS)
         for path in sorted(overlay.rglob("*")) if overlay else ():
             if path.is_file():
                 rootfs.put(root / path.relative_to(overlay), path.read_bytes())
         rootfs.compile_python(unpacked, root)
         shutil.rmtree(unpacked)
-        archive = folder / "rootfs.cpio"
-        with open(archive, "wb") as file:
-            rootfs.write_cpio(root, file)
-        show("rootfs: compressing")
-        command = ("zstd", "-19", "-T1", "--quiet", "--rm", archive)
-        rootfs.run(*command, failure="can't compress the initramfs")
 
     folder = demo_model.cached(f"rootfs-{key(code(rootfs), *hashes)}", make)
     facts = rootfs.facts(folder / "root")
@@ -376,20 +379,24 @@ def command_line(extras):
 def build_image(variant, overlay, extras, output, lock, with_microvm=False):
     """Link, write the disk and the reference values into the output folder."""
     objects, files = build_kernel(variant, lock), build_rootfs(overlay, lock)
-    text, archive = command_line(extras), files / "rootfs.cpio.zst"
-    programs = code(kernel, pcr, sys.modules[__name__])
-    name = key(objects.name, sha256(archive), text, programs, with_microvm)
-    source = kernel_source(lock)
+    text, source = command_line(extras), kernel_source(lock)
+    programs = code(kernel, measure, pcr, rootfs, sys.modules[__name__])
+    name = key(objects.name, files.name, text, programs, with_microvm)
 
     def make(folder):
         folder.mkdir()
-        options = kernel.wanted(variant)
-        options |= {"CMDLINE": kernel.quoted(text)}
+        options = kernel.wanted(variant) | {"CMDLINE": kernel.quoted(text)}
+        options |= {"INITRAMFS_SOURCE": kernel.quoted("../rootfs.cpio.zst")}
+        release = kernel.release(objects)
         with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-            build = pathlib.Path(place, "build")
-            shutil.copy(archive, pathlib.Path(place, "rootfs.cpio.zst"))
-            options |= {"INITRAMFS_SOURCE": kernel.quoted("../rootfs.cpio.zst")}
-            program, release = kernel.link(source, objects, build, options, show)
+            build, root = pathlib.Path(place, "build"), pathlib.Path(place, "root")
+            archive = pathlib.Path(place, "rootfs.cpio.zst")
+            shutil.copytree(files / "root", root, symlinks=True)
+            manifest = mp.encode_json(measure.root_manifest(root, release, text))
+            rootfs.put(root / measure.MANIFEST, manifest)
+            show("image: compressing the root file system")
+            rootfs.write_initramfs(root, archive)
+            program = kernel.link(source, objects, build, options, show)
             shutil.copy(program, folder / "muenclave.efi")
             shutil.copy(build / ".config", folder / "kernel.config")
             lines = kernel.compiled_lines(source, build)
@@ -397,37 +404,50 @@ def build_image(variant, overlay, extras, output, lock, with_microvm=False):
                 small = kernel.relink(source, build, options, show)
                 shutil.copy(small, folder / "microvm.bin")
                 (folder / "microvm.cmdline").write_text(" ".join([*MICROVM_OPTIONS, text]) + "\n")
+            facts = {"root": rootfs.facts(root), "initramfs_bytes": archive.stat().st_size}
         write_esp(folder / "muenclave.efi", folder / "esp.img")
-        root = files / "root"
-        manifest = muenclave.root_manifest(str(root), release, text)
+        (folder / "manifest.json").write_bytes(manifest)
         pcrs = pcr.predict((folder / "muenclave.efi").read_bytes())
-        facts = {"kernel": release, "variant": variant, "compiler": compiler(), "compiled": lines}
-        facts |= {"root": rootfs.facts(root), "initramfs_bytes": archive.stat().st_size}
+        facts |= {"kernel": release, "variant": variant, "compiler": compiler(), "compiled": lines}
         facts |= {"bytes": (folder / "muenclave.efi").stat().st_size, "command_line": text}
+        if extras is not None:
+            facts["extras_bytes"] = (extras / "extras.squashfs").stat().st_size
         facts["packages"] = {
             kind: {name: pin["version"] for name, pin in sorted(pins.items())}
             for kind, pins in lock.items()
             if kind in ("debian", "wheels") or kind == "extras" and extras is not None
         }
-        write_json(folder / "manifest.json", manifest)
         values = {"version": 1, "kind": "tpm2", "root": "fixture", "withdrawn": []}
-        values |= {"measurement": mp.manifest_digest(manifest), "image": facts}
+        values |= {"measurement": hashlib.sha256(manifest).hexdigest(), "image": facts}
         values["pcrs"] = {str(index): value.hex() for index, value in sorted(pcrs.items())}
         write_json(folder / "reference.json", values)
 
     folder = demo_model.cached(f"image-{variant}-{name}", make)
     output.mkdir(parents=True, exist_ok=True)
-    withdrawn = measure.read_withdrawn(output / "reference.json")
+    values = with_enrolment(json.loads((folder / "reference.json").read_text("utf-8")), output)
     for path in sorted(folder.iterdir()):
-        replace(path, output / path.name)
-    if withdrawn:
-        values = json.loads((output / "reference.json").read_text("utf-8"))
-        write_json(output / "reference.json", values | {"withdrawn": withdrawn})
+        if path.name == "reference.json":
+            write_json(output / path.name, values)
+        else:
+            replace(path, output / path.name)
     if extras is not None:
         replace(extras / "extras.squashfs", output / "extras.squashfs")
     size = (output / "muenclave.efi").stat().st_size
     done(f"image: {output / 'muenclave.efi'}, {size:,} bytes; {output / 'reference.json'}")
     return output
+
+
+def with_enrolment(values, output):
+    """An image's reference values with what an owner has added to those that are in the folder.
+
+    The TPM's key and the shape's PCRs are not the image's, and what was withdrawn stays withdrawn.
+    """
+    withdrawn = measure.read_withdrawn(output / "reference.json")
+    if not (output / "reference.json").exists():
+        return values
+    old = json.loads((output / "reference.json").read_text("utf-8"))
+    kept = {name: old[name] for name in ("root", "attestation_key") if name in old}
+    return values | kept | {"pcrs": old.get("pcrs", {}) | values["pcrs"], "withdrawn": withdrawn}
 
 
 def write_json(path, value):

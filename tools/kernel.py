@@ -146,12 +146,16 @@ def compile_objects(source, build, variant, show):
 
 
 def link(source, objects, build, options, show):
-    """Copy compiled objects and make the bzImage with these options. Returns (path, release)."""
+    """Copy compiled objects and make the bzImage with these options. Returns its path."""
     shutil.copytree(objects, build, symlinks=True)
     resolve(source, build, options)
     watch_make(source, build, show, "image")
-    release = (build / "include" / "config" / "kernel.release").read_text("ascii").strip()
-    return build / "arch" / "x86" / "boot" / "bzImage", release
+    return build / "arch" / "x86" / "boot" / "bzImage"
+
+
+def release(objects):
+    """What uname -r says in the kernel that these objects make."""
+    return (objects / "include" / "config" / "kernel.release").read_text("ascii").strip()
 
 
 def relink(source, build, options, show):

@@ -19,6 +19,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "run", "usr/lib/muenclave/extras")
+MANIFEST = "etc/muenclave.manifest"  # in a guest's root: what was measured, but for itself
 MODULES = ("muenclave.py", "muprotocol.py")
 PYTHON = """
 import importlib.metadata, json, platform
@@ -54,7 +55,7 @@ def local_manifest(python, code=ROOT):
 def root_manifest(root, kernel, command_line):
     """The manifest of a guest: (path, mode, SHA-256) of its root file system, kernel, command line.
 
-    What is mounted at run time is left out by name, so that image and running guest agree.
+    What is mounted at run time is left out by name, and so is the manifest that a root may hold.
     Raises MeasureError.
     """
     files = []
@@ -67,8 +68,9 @@ def root_manifest(root, kernel, command_line):
                 continue
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
             for path in (os.path.join(folder, name) for name in names + links):
-                mode = f"{os.lstat(path).st_mode:o}"
-                files.append([os.path.relpath(path, root), mode, content_hash(path)])
+                name, mode = os.path.relpath(path, root), f"{os.lstat(path).st_mode:o}"
+                if name != MANIFEST:
+                    files.append([name, mode, content_hash(path)])
     except OSError as error:
         raise MeasureError(f"can't read {error.filename}: {error.strerror}") from None
     files.sort()

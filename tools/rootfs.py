@@ -200,6 +200,15 @@ def compile_python(unpacked, root, folder="/", is_strict=True):
             path.chmod(0o755)
 
 
+def write_initramfs(root, path):
+    """Write a folder as the compressed initramfs that the kernel unpacks; path ends in .zst."""
+    archive = path.with_suffix("")
+    with open(archive, "wb") as file:
+        write_cpio(root, file)
+    command = ("zstd", "-19", "-T1", "--quiet", "--rm", archive, "-o", path)
+    run(*command, failure="can't compress the initramfs")
+
+
 def write_cpio(root, file):
     """Write a folder as a newc cpio archive: sorted, owned by root, without times of its own.
 
