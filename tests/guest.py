@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 
+import muenclave
 from tests import support
 
 sys.path.insert(0, str(support.TOOLS))
@@ -18,12 +20,15 @@ import environment  # noqa: E402
 import image  # noqa: E402
 import vm  # noqa: E402
 
+# All that a guest's serial port may show: the firmware's lines, then the gate's vocabulary.
+FIRMWARE_LINE = r"(?:\x1b\[[0-9;=]*\w)*|.*BdsDxe: (?:loading|starting) Boot[0-9A-F]{4} .*"
+GUEST_LINE = "|".join(f"muenclave: {line}(?: [0-9]+)?" for line in (*muenclave.LOG, "stopped"))
+CONSOLE = re.compile(rf"\A(?:{FIRMWARE_LINE}|{GUEST_LINE})\Z")
 SECONDS = 300  # that a boot may take under TCG on a busy machine
 MISSING = environment.missing_packages(image.PROGRAMS | vm.PROGRAMS)
 CONFIG = """MODEL_PATH=/dev/vda
 ENCLAVE_BIND=0.0.0.0
 ENCLAVE_CONFINEMENT=full
-ENCLAVE_ROOT=/
 ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=/etc/muenclave/owner.psk
 ENCLAVE_USER_PSK=/etc/muenclave/user.psk

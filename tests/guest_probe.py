@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 
-import muprotocol as mp
 import real
+
+import muprotocol as mp
 
 HOST, ELSEWHERE = "10.0.2.2", "192.0.2.1"  # the host, as QEMU's network shows it; RFC 5737
 PORT_FILE = "/usr/lib/muenclave/probe_port"  # of the host, on which the test listens

@@ -1,13 +1,17 @@
 """From a fresh clone to an answer out of the enclave: python3 tools/quickstart.py "a prompt".
 
 Makes .venv, trains and caches a small demo model, seals it, starts the enclave, verifies it,
-unlocks it with an explicit budget, answers the prompt, and chats if there is a terminal. What it
-makes lies in .venv, in .quickstart and, for the model, in the user's cache; what it starts, it
-ends. Standard library only.
+unlocks it with an explicit budget, answers the prompt, and chats if there is a terminal. With --vm
+the enclave is the guest in its VM: the image is built from Debian packages, boots under QEMU with a
+software TPM, and is unlocked once its quote is what the image file predicts. What all this makes
+lies in .venv, in .quickstart and in the user's cache; what it starts, it ends. Standard library
+only.
 """
 
 import argparse
+import collections
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -17,12 +21,15 @@ import sys
 import threading
 
 import environment
+import vm
 from environment import ROOT, ToolError
 
-STATE = ROOT / ".quickstart"
+STATE, TOOLS = ROOT / ".quickstart", ROOT / "tools"
 DEMO, SEALED, KEY = STATE / "demo", STATE / "demo.mus", STATE / "demo.key"
 OWNER_PSK, USER_PSK, TOKEN = STATE / "owner.psk", STATE / "user.psk", STATE / "token"
+PSK = {OWNER_PSK: "psk", USER_PSK: "psk"}  # not for the guest
 REFERENCE, VOCABULARY = STATE / "reference.json", STATE / "demo.mus.vocab"
+IMAGE, TPM = STATE / "image", STATE / "tpm"  # of the guest
 LOG = STATE / "enclave.log"
 ASSET = "demo"
 BUDGET = 64 << 10  # bytes the engine may choose: a hundred answers, a thirtieth of the demo model
@@ -32,22 +39,39 @@ STARTING_SECONDS = 120
 ENDING_SECONDS = 10
 PROMPT = "Tell me about zen."
 API_PORT = 8080
-STEPS = 8
+
+# How a proxy reaches and verifies an enclave, as an owner and as a user: flags.
+Way = collections.namedtuple("Way", "owner user")
+
+
+class Steps:
+    """Tells what happens, in one line a step."""
+
+    def __init__(self, count):
+        self.count, self.number = count, 0
+
+    def next(self, text):
+        """The next step begins."""
+        self.number += 1
+        self.tell(text)
+
+    def tell(self, text):
+        """More about this step."""
+        print(f"[{self.number}/{self.count}] {text}", flush=True)
 
 
 class Enclave:
     """A running enclave. Its log goes to LOG, and line by line to whoever waits for one."""
 
-    def __init__(self, python):
-        command = [python, "-B", ROOT / "tools" / "enclave.py", "--model", SEALED, "--port", "0"]
-        command += ["--owner-psk", OWNER_PSK, "--user-psk", USER_PSK, "--rate", str(RATE)]
+    def __init__(self, *command):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ENCLAVE_", "MODEL_"))}
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=clean,
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C is ours: the enclave is ended in order
@@ -58,7 +82,7 @@ class Enclave:
     def read_log(self):
         """Copy the log until the enclave ends; then None."""
         with LOG.open("w", encoding="utf-8") as file:
-            for line in self.process.stderr:
+            for line in self.process.stdout:
                 file.write(line)
                 file.flush()
                 self.lines.put(line.strip())
@@ -89,35 +113,27 @@ class Enclave:
                 return
 
 
-def tell(number, text):
-    """What a step does, in one line."""
-    print(f"[{number}/{STEPS}] {text}", flush=True)
-
-
 def run(python, *arguments, failure):
     """Run one of the project's programs quietly. Raises ToolError with its last line."""
     environment.run([python, *map(str, arguments)], failure)
 
 
-def prepare(python):
-    """Steps 2 to 5: model, sealed model, secrets, reference values; what is there is kept."""
-    tools = ROOT / "tools"
+def prepare(steps, python, secrets):
+    """Model, sealed model, secrets ({path: kind}); what is there is kept."""
     is_new = not (DEMO / "config.json").exists()
-    tell(2, f"Demo model: {'training one, about a minute' if is_new else 'cached'} ({DEMO})")
-    run(python, tools / "demo_model.py", DEMO, failure="can't train the demo model")
+    steps.next(f"Demo model: {'training one, about a minute' if is_new else 'cached'} ({DEMO})")
+    run(python, TOOLS / "demo_model.py", DEMO, failure="can't train the demo model")
     if is_older(SEALED, DEMO) or not (KEY.exists() and VOCABULARY.exists()):
-        tell(3, f"Sealing it into {SEALED}; the weights key goes to {KEY}")
-        seal = (tools / "seal.py", DEMO, SEALED, "--key", KEY, "--asset", ASSET)
+        steps.next(f"Sealing it into {SEALED}; the weights key goes to {KEY}")
+        seal = (TOOLS / "seal.py", DEMO, SEALED, "--key", KEY, "--asset", ASSET)
         run(python, *seal, failure="can't seal the model")
     else:
-        tell(3, f"Sealed model: cached ({SEALED})")
-    tell(4, f"Secrets for owner and user, and an access token: in {STATE}, readable by you only")
-    for kind, path in (("psk", OWNER_PSK), ("psk", USER_PSK), ("token", TOKEN)):
+        steps.next(f"Sealed model: cached ({SEALED})")
+    names = ", ".join(path.name for path in secrets)
+    steps.next(f"Secrets ({names}): in {STATE}, readable by you only")
+    for path, kind in secrets.items():
         if not path.exists():
             run(python, "-m", "muproxy", "keygen", kind, path, failure=f"can't make {path}")
-    tell(5, f"Measuring this checkout and its packages: {REFERENCE}")
-    measure = (tools / "measure.py", "--output", REFERENCE)
-    run(python, *measure, failure="can't write the reference values")
 
 
 def is_older(path, folder):
@@ -126,53 +142,113 @@ def is_older(path, folder):
     return not path.exists() or path.stat().st_mtime_ns < newest
 
 
-def connection_flags(port, psk):
-    """How a proxy reaches and verifies the enclave."""
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--reference", REFERENCE, "--psk", psk]
-    return list(map(str, flags))
+# ---------------------------------------------------------------- the enclave as a process
 
 
-def unlock(python, port):
-    """Step 7: verify, then hand over the weights key with a lease."""
-    tell(
-        7,
-        f"Verifying the enclave, then unlocking it: development evidence (psk), "
-        f"a budget of {BUDGET:,} bytes, {RATE:,} bytes a second, {EXPIRY // 3600} hours",
+@contextlib.contextmanager
+def local_enclave(steps, python):
+    """Measure this checkout and run it, locked; yields the way to it."""
+    steps.next(f"Measuring this checkout and its packages: {REFERENCE}")
+    measure = (TOOLS / "measure.py", "--output", REFERENCE)
+    run(python, *measure, failure="can't write the reference values")
+    secrets = ("--owner-psk", OWNER_PSK, "--user-psk", USER_PSK)
+    flags = ("--model", SEALED, "--port", "0", "--rate", str(RATE), *secrets)
+    enclave = Enclave(python, "-B", TOOLS / "enclave.py", *flags)
+    try:
+        port = enclave.wait_for("muenclave: listening")
+        enclave.wait_for("muenclave: locked")
+        steps.next(f"Enclave: running locked on 127.0.0.1:{port}, its log is {LOG}")
+        where = connection_flags(port, REFERENCE)
+        yield Way([*where, "--psk", str(OWNER_PSK)], [*where, "--psk", str(USER_PSK)])
+    finally:
+        enclave.end()
+
+
+def connection_flags(port, reference):
+    """How a proxy reaches the enclave, and what it expects of it."""
+    return ["--host", "127.0.0.1", "--port", port, "--reference", str(reference)]
+
+
+# ---------------------------------------------------------------- the enclave as a VM
+
+
+@contextlib.contextmanager
+def guest(steps, python):
+    """Build the guest's image and boot it, locked; yields the way to it."""
+    steps.next(f"The guest's image, from Debian packages and wheels: {IMAGE}")
+    build = [python, TOOLS / "image.py", "all", "--output", IMAGE]
+    check(subprocess.run(build, cwd=ROOT), "tools/image.py")
+    reference = IMAGE / "reference.json"
+    values = json.loads(reference.read_text("utf-8"))
+    if "attestation_key" not in values:
+        steps.tell("Enrolling the key of a new software TPM, in a real one's place: development")
+        with vm.tpm_device(TPM) as device:
+            enroll(python, reference, "--tpm", device)
+    flags = ("--image", IMAGE, "--weights", SEALED, "--tpm-state", TPM, "--print-console")
+    enclave = Enclave(python, TOOLS / "vm.py", "run", *flags)
+    try:
+        port = enclave.wait_for("vm: the guest listens on 127.0.0.1:")
+        enclave.wait_for("muenclave: locked")
+        steps.next(f"Guest: booted, locked, on 127.0.0.1:{port}; its serial port goes to {LOG}")
+        if not values["pcrs"].keys() >= {"0", "7"}:
+            steps.tell("Enrolling the firmware's PCRs from this first boot, trusted: development")
+            enroll(python, reference, "--enclave", f"127.0.0.1:{port}")
+        where = connection_flags(port, reference)
+        yield Way(where, where)
+    finally:
+        enclave.end()
+
+
+def enroll(python, reference, *flags):
+    """Complete the reference values by tools/enroll.py."""
+    run(python, TOOLS / "enroll.py", reference, *flags, failure="it can't be enrolled")
+
+
+# ---------------------------------------------------------------- unlock and use
+
+
+def unlock(steps, python, way, evidence):
+    """Verify, then hand over the weights key with a lease."""
+    steps.next(
+        f"Verifying the enclave, then unlocking it: development evidence ({evidence}), "
+        f"a budget of {BUDGET:,} bytes, {RATE:,} bytes a second, {EXPIRY // 3600} hours"
     )
-    user, owner = connection_flags(port, USER_PSK), connection_flags(port, OWNER_PSK)
-    run(python, "-m", "muproxy", "attest", *user, failure="the enclave is not what was measured")
+    attest = (python, "-m", "muproxy", "attest", *way.user)
+    run(*attest, failure="the enclave is not what was measured")
     lease = ["--budget", BUDGET, "--rate", RATE, "--expiry", EXPIRY, "--development"]
     files = ["--key", KEY, "--model", SEALED, "--token-file", TOKEN]
-    run(python, "-m", "muproxy", "unlock", *owner, *files, *lease, failure="it was not unlocked")
+    arguments = ("-m", "muproxy", "unlock", *way.owner, *files, *lease)
+    run(python, *arguments, failure="it was not unlocked")
 
 
-def talk(python, port, prompt):
-    """Step 8: answer the prompt; then chat, if there is a terminal."""
-    user = [*connection_flags(port, USER_PSK), "--token-file", TOKEN, "--vocabulary", VOCABULARY]
+def talk(steps, python, way, prompt):
+    """Answer the prompt; then chat, if there is a terminal."""
+    user = [*way.user, "--token-file", TOKEN, "--vocabulary", VOCABULARY]
     command = [python, "-m", "muproxy", "chat", *user]
     has_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if prompt is None and not has_terminal:
         prompt = PROMPT
+    steps.next(f"Asking: {prompt}" if prompt is not None else "Chat: type a prompt, or quit")
     if prompt is not None:
-        tell(8, f"Asking: {prompt}")
         one_line = " ".join(prompt.split())
         check(subprocess.run(command, cwd=ROOT, input=f"{one_line}\nquit\n", text=True), "the chat")
     if has_terminal:
-        tell(8, "Chat: type a prompt, or quit")
+        if prompt is not None:
+            steps.tell("Chat: type a prompt, or quit")
         check(subprocess.run(command, cwd=ROOT), "the chat")
 
 
-def serve(python, port):
-    """Step 8 with --serve: the HTTP API, until Ctrl-C."""
+def serve(steps, python, way):
+    """With --serve: the HTTP API, until Ctrl-C."""
     address = f"127.0.0.1:{free_port(API_PORT)}"
-    tell(8, f"OpenAI-compatible API on http://{address}/v1, until Ctrl-C. Try:")
+    steps.next(f"OpenAI-compatible API on http://{address}/v1, until Ctrl-C. Try:")
     print(
         f'curl http://{address}/v1/chat/completions -H "Authorization: Bearer $(cat {TOKEN})" '
         f'-H \'Content-Type: application/json\' -d \'{{"model": "demo", '
         f'"messages": [{{"role": "user", "content": "{PROMPT}"}}]}}\'',
         flush=True,
     )
-    flags = [*connection_flags(port, USER_PSK), "--vocabulary", VOCABULARY, "--listen", address]
+    flags = [*way.user, "--vocabulary", VOCABULARY, "--listen", address]
     check(subprocess.run([python, "-m", "muproxy", "serve", *flags], cwd=ROOT), "the API")
 
 
@@ -194,28 +270,25 @@ def free_port(wanted):
 
 def run_all(flags):
     """All steps; the enclave is ended whatever happens."""
-    tell(1, f"Python environment: {environment.VENV}")
-    python = environment.make_venv("inference", lambda text: tell(1, text))
+    steps = Steps(8)
+    steps.next(f"Python environment: {environment.VENV}")
+    python = environment.make_venv("inference", steps.tell)
     STATE.mkdir(mode=0o700, exist_ok=True)
-    prepare(python)
-    enclave = Enclave(python)
-    try:
-        port = int(enclave.wait_for("muenclave: listening"))
-        enclave.wait_for("muenclave: locked")
-        tell(6, f"Enclave: running locked on 127.0.0.1:{port}, its log is {LOG}")
-        unlock(python, port)
+    prepare(steps, python, {TOKEN: "token"} | ({} if flags.vm else PSK))
+    start, evidence = (guest, "a software TPM's quote") if flags.vm else (local_enclave, "psk")
+    with start(steps, python) as way:
+        unlock(steps, python, way, evidence)
         if flags.serve:
-            serve(python, port)
+            serve(steps, python, way)
         else:
-            talk(python, port, flags.prompt)
-    finally:
-        enclave.end()
+            talk(steps, python, way, flags.prompt)
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="quickstart.py", description=__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="?", help=f"default without a terminal: {PROMPT}")
+    parser.add_argument("--vm", action="store_true", help="run the enclave as a measured VM")
     parser.add_argument("--serve", action="store_true", help="leave the HTTP API running instead")
     flags = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -14,6 +14,7 @@ import ctypes
 import os
 import pathlib
 import platform
+import pty
 import shlex
 import signal
 import socket
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import tty
 
 import environment
 import gpu
@@ -186,6 +188,24 @@ def start_tpm(state, folder):
             raise ToolError(f"swtpm does not start: {process.stderr.read().strip()}")
         time.sleep(0.01)
     return process
+
+
+@contextlib.contextmanager
+def tpm_device(state):
+    """The TPM whose state is in a folder, while no guest runs on it: yields a device's path."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    master, device = pty.openpty()
+    tty.setraw(device)
+    command = ["swtpm", "chardev", "--tpm2", "--tpmstate", f"dir={state}"]
+    command += ["--fd", str(master), "--flags", "startup-clear"]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = start(command, pass_fds=[master], **quiet)
+    try:
+        yield os.ttyname(device)
+    finally:
+        end(process)
+        os.close(master)
+        os.close(device)
 
 
 def end(*processes):
