@@ -982,15 +982,14 @@ def unseal_chunk(disk, container, cipher, index, private, arena):
 # Nothing below is trusted with anything but answers. It has the arena and its pipe to the gate.
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
-PRIVATE = 0xF8000  # private characters from here on stand for added tokens, two for each
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 WARM_CONFIG = """{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size":
     256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "pad_token_id": 0}"""
-WARM_TOKENIZER = b"""{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true}}"""
-WARM_TEMPLATE = rb"""{% set n = namespace(a='\n') %}{% macro f(x) %}{{ x ~ n.a }}{% endmacro %}
-    {% for m in messages %}{{ f(m['content'] | trim | tojson) }}{% endfor %}"""
+WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
+    "masks": {}, "names": {}, "pattern": "c", "ids": [], "special": [], "prefix": [], "variables":
+    {}, "template": "{% set n = namespace(a='b') %}{% macro f(x) %}{{ x ~ n.a }}{% endmacro %}\
+{% for m in messages %}{{ f(m['content'] | trim | tojson) }}{% endfor %}"}"""
 
 
 def engine_main(settings, gate, loader):
@@ -1004,7 +1003,8 @@ def engine_main(settings, gate, loader):
             files = map_arena(loader)
         generation = read_json(files, "generation_config.json")
         model = build_model(read_json(files, "config.json"), generation, read_state(files), device)
-        decoder = Decoder(model, Prompter(files), settings, gate)
+        prompter = Prompter(read_json(files, "prompts.json"))
+        decoder = Decoder(model, prompter, settings, gate)
     except EOFError:
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
@@ -1043,17 +1043,14 @@ def read_state(files):
     import torch
     from transformers.modeling_utils import str_to_torch_dtype
 
-    state, places = {}, {}
+    state = {}
     for shard in sorted(name for name in files if name.endswith(".safetensors")):
         for name, dtype, shape, start, size in mp.safetensors_entries(files[shard]):
-            if places.setdefault(name, shard) != shard:
+            if name in state:
                 raise ValueError("a tensor is in two shards")
             dtype, data = str_to_torch_dtype[dtype], files[shard][start : start + size]
             flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
             state[name] = flat.reshape(shape)
-    index = read_json(files, "model.safetensors.index.json")
-    if places != index.get("weight_map", dict.fromkeys(places, "model.safetensors")):
-        raise ValueError("the index does not agree with the shards")
     return state
 
 
@@ -1085,8 +1082,7 @@ def warm_up(model_type, settings):
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
     model = build_model(config.to_dict(), {}, tiny.state_dict(), settings["ENCLAVE_DEVICE"])
-    files = {"tokenizer.json": WARM_TOKENIZER, "chat_template.jinja": WARM_TEMPLATE}
-    decoder = Decoder(model, Prompter(files), settings, None)
+    decoder = Decoder(model, Prompter(json.loads(WARM_PROMPTS)), settings, None)
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
     decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
     decoder.take({"prompt": "ab", "slot": 1, "seed": 2, "max_new_tokens": 3})
@@ -1100,45 +1096,21 @@ def warm_up(model_type, settings):
 class Prompter:
     """Turns requests into ids; text from outside never becomes a special token.
 
-    An added token has two private characters: its mask stands for its text inside user text while
-    the template is rendered; its name is all that `tokenizer` knows it by, and is written only
-    where the template wrote its text. Added white space is left alone: it is text, not a mark.
+    fields: what tools/prompting.py has made of the model's tokenizer, and explains.
     """
 
-    def __init__(self, files):
+    def __init__(self, fields):
         from tokenizers import Tokenizer
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        full = Tokenizer.from_str(bytes(files["tokenizer.json"]).decode())
-        fields = read_json(files, "tokenizer.json")
-        added = fields.get("added_tokens") or []
-        marks = [token for token in added if token["special"] or not token["content"].isspace()]
-        marks.sort(key=lambda token: len(token["content"]), reverse=True)  # the longest match wins
-        texts = [token["content"] for token in marks]
-        self.masks = {text: chr(PRIVATE + 2 * n) for n, text in enumerate(texts)}
-        self.names = {text: chr(PRIVATE + 2 * n + 1) for n, text in enumerate(texts)}
+        self.tokenizer = Tokenizer.from_str(json.dumps(fields["tokenizer"]))
+        self.masks, self.names = fields["masks"], fields["names"]
         self.unmask = {ord(mask): text for text, mask in self.masks.items()}
-        self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        self.private = re.compile(f"[{chr(PRIVATE)}-{chr(PRIVATE + 2 * len(marks))}]")
-        for token in marks:
-            token["content"] = self.names[token["content"]]
-        self.tokenizer = Tokenizer.from_str(json.dumps(fields))
-        self.ids = {self.tokenizer.token_to_id(t["content"]): t["id"] for t in added}
-        own = self.tokenizer.get_vocab(with_added_tokens=False)
-        new = {token["content"] for token in added} - own.keys()
-        if not set(map(self.tokenizer.token_to_id, new)).isdisjoint(own.values()):
-            raise ValueError("the vocabulary has holes where added tokens would go")
-        unknown = fields["model"].get("unk_id", own.get(fields["model"].get("unk_token")))
-        self.special = {t["id"] for t in added if t["special"]} - self.ids.keys() - {unknown}
-        whole, alone = full.encode("a").ids, full.encode("a", add_special_tokens=False).ids
-        self.prefix = whole[: whole.index(alone[0])] if alone else []
-        config = read_json(files, "tokenizer_config.json")
-        config |= read_json(files, "special_tokens_map.json")
-        named = {name: t for name, t in config.items() if name.endswith("_token") and t}
-        self.variables = {n: t["content"] if isinstance(t, dict) else t for n, t in named.items()}
-        template = bytes(files.get("chat_template.jinja", b"")).decode()
-        template = template or config.get("chat_template") or ""
-        self.template = _compile_jinja_template(template)
+        self.private = {*self.masks.values(), *self.names.values()}
+        self.pattern = re.compile(fields["pattern"])
+        self.ids, self.special = dict(fields["ids"]), set(fields["special"])
+        self.prefix, self.variables = fields["prefix"], fields["variables"]
+        self.template = _compile_jinja_template(fields["template"])
         self.template.environment.globals.pop("strftime_now", None)  # a template gets no clock
 
     def encode(self, request):
@@ -1146,16 +1118,16 @@ class Prompter:
         if "prompt" in request:
             return self.prefix + self.to_ids(self.mask(request["prompt"]))
         pairs = [(m["role"], self.mask(m["content"])) for m in request["messages"]]
-        chat = [{"role": role, "content": content} for role, content in pairs]
-        values = self.variables | {"messages": chat, "add_generation_prompt": True}
+        chat = [{"role": role, "content": content} for role, content in pairs]  # tojson's order
+        values = self.variables | {"messages": chat}
         if "date" in request:
             values["date_string"] = self.mask(request["date"])
-        text = self.template.render(values | {"tools": None, "documents": None})
+        text = self.template.render(values)
         return self.to_ids(self.pattern.sub(lambda found: self.names[found[0]], text))
 
     def mask(self, text):
         """User text in which no added token's text is left. Raises ValueError."""
-        if self.private.search(text):
+        if not self.private.isdisjoint(text):
             raise ValueError("the text holds a character that stands for an added token")
         return self.pattern.sub(lambda found: self.masks[found[0]], text)
 

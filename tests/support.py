@@ -30,7 +30,11 @@ import measure  # noqa: E402, F401  for the tests
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off
 SECONDS = 120  # that anything here may take before it counts as stuck
-SEALERS = ("tools/seal.py", "muprotocol.py")  # what decides how a sealed copy looks
+SEALERS = (
+    "tools/seal.py",
+    "tools/prompting.py",
+    "muprotocol.py",
+)  # what decides how a sealed copy looks
 
 # demo: the plaintext directory; model: the .mus file; key: its key file; vocabulary: the table.
 Sealed = collections.namedtuple("Sealed", "demo model key vocabulary")

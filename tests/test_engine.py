@@ -6,7 +6,6 @@ ours, and Answers go through a whole enclave.
 
 import collections
 import contextlib
-import copy
 import functools
 import hashlib
 import itertools
@@ -43,6 +42,7 @@ from tests import support
 
 sys.path.insert(0, str(support.TOOLS))
 
+import prompting  # noqa: E402
 import seal  # noqa: E402
 
 SETTINGS = muenclave.DEFAULTS | {"ENCLAVE_THREADS": "1"}
@@ -70,8 +70,19 @@ def setUpModule():
 
 
 def files_of(folder):
-    """{file name: bytes} of a model directory, as the engine has them."""
+    """{file name: bytes} of a model directory."""
     return {path.name: memoryview(bytearray(path.read_bytes())) for path in folder.iterdir()}
+
+
+def prompts_of(files, template=""):
+    """prompts.json, as an object, of {file name: bytes} of a tokenizer, as sealing makes it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for name, data in (files | {"chat_template.jinja": template.encode()}).items():
+            (folder / name).write_bytes(data)
+        settings = [name for name in seal.SETTINGS if name in files]
+        settings = {name: seal.read_settings(folder / name) for name in settings}
+        return json.loads(seal.read_prompts(folder, settings))
 
 
 @functools.cache
@@ -228,28 +239,16 @@ class Weights(unittest.TestCase):
     def test_float32_in_shards(self):
         self.check_model("float32", 3)
 
-    def test_shards_and_their_index_agree(self):
+    def test_each_tensor_is_in_one_shard(self):
         with loaded(support.sealed_demo("bfloat16", 3)) as files:
-            files = {name: bytes(data) for name, data in files.items()}
-        index = json.loads(files["model.safetensors.index.json"])
-        first, last = sorted(set(index["weight_map"].values()))[::2]
-        moved = copy.deepcopy(index)
-        moved["weight_map"]["model.norm.weight"] = first
-        fewer = copy.deepcopy(index)
-        del fewer["weight_map"]["model.norm.weight"]
-        more = copy.deepcopy(index)
-        more["weight_map"]["model.more.weight"] = first
-        wrong = [
-            files | {"model.safetensors.index.json": json.dumps(value).encode()}
-            for value in (moved, fewer, more, {"weight_map": {}})
-        ]
-        wrong.append({name: data for name, data in files.items() if name != last})
-        wrong.append(files | {"more.safetensors": files[last]})
-        unnamed = {n: data for n, data in files.items() if n != "model.safetensors.index.json"}
-        wrong.append(unnamed)
-        for bad in wrong:
-            with self.assertRaises(ValueError):
-                muenclave.read_state({n: memoryview(bytearray(d)) for n, d in bad.items()})
+            files = {name: bytearray(data) for name, data in files.items()}
+        last = max(name for name in files if name.endswith(".safetensors"))
+        with self.assertRaisesRegex(ValueError, "in two shards"):
+            muenclave.read_state(files | {"more.safetensors": files[last]})
+        load(files)
+        del files[last]
+        with self.assertRaisesRegex(ValueError, "not this config's"):
+            load(files)
 
     def test_tensors_that_are_not_the_config_s(self):
         model = tiny(tie_word_embeddings=False)
@@ -584,7 +583,7 @@ def tokenizer_files(kind):
 @functools.cache
 def prompter(kind, template=CHATML):
     """The engine's prompter for a tokenizer and a template."""
-    return muenclave.Prompter(tokenizer_files(kind) | {"chat_template.jinja": template.encode()})
+    return muenclave.Prompter(prompts_of(tokenizer_files(kind), template))
 
 
 @functools.cache
@@ -670,12 +669,12 @@ class Prompts(unittest.TestCase):
         whole = Tokenizer.from_str(json.dumps(fields))
         marks = [(mark, whole.token_to_id(mark)) for mark in ("<s>", "</s>")]
         whole.post_processor = processors.TemplateProcessing("<s> $A </s>", None, marks)
-        ours = muenclave.Prompter({"tokenizer.json": whole.to_str().encode()})
+        ours = muenclave.Prompter(prompts_of({"tokenizer.json": whole.to_str().encode()}))
         wanted = whole.encode("zen is").ids
         self.assertEqual(wanted[-1], marks[1][1])
         self.assertEqual(ours.encode({"prompt": "zen is"}), wanted[:-1])
         whole.post_processor = processors.ByteLevel(trim_offsets=True)
-        ours = muenclave.Prompter({"tokenizer.json": whole.to_str().encode()})
+        ours = muenclave.Prompter(prompts_of({"tokenizer.json": whole.to_str().encode()}))
         self.assertEqual(ours.encode({"prompt": "zen is"}), whole.encode("zen is").ids)
         self.assertEqual(ours.encode({"prompt": ""}), [])
 
@@ -735,7 +734,7 @@ class Prompts(unittest.TestCase):
     def test_what_stands_for_a_mark_is_refused(self):
         ours = prompter("demo", LLAMA)
         count = len(json.loads(tokenizer_files("demo")["tokenizer.json"])["added_tokens"])
-        for letter in map(chr, range(muenclave.PRIVATE, muenclave.PRIVATE + 2 * count)):
+        for letter in map(chr, range(prompting.PRIVATE, prompting.PRIVATE + 2 * count)):
             for request in (
                 {"prompt": f"a{letter}b"},
                 {"messages": [{"role": "user", "content": letter}]},
@@ -752,17 +751,19 @@ class Prompts(unittest.TestCase):
         config = json.loads(bytes(base["tokenizer_config.json"]))
         wanted = prompter("demo", LLAMA).encode({"messages": CHAT})
         changed = json.dumps(config | {"chat_template": LLAMA, "unk_token": None}).encode()
-        ours = muenclave.Prompter(base | {"tokenizer_config.json": changed})
+        ours = muenclave.Prompter(prompts_of(base | {"tokenizer_config.json": changed}))
         self.assertEqual(ours.encode({"messages": CHAT}), wanted)
-        ours = muenclave.Prompter(base)  # without any, a chat is refused and a prompt is not
+        ours = muenclave.Prompter(
+            prompts_of(base)
+        )  # without any, a chat is refused and a prompt is not
         self.assertEqual(ours.encode({"messages": CHAT}), [])
         self.assertGreater(len(ours.encode({"prompt": "a"})), 1)
 
     def test_special_tokens_as_objects(self):
         token = {"content": "</s>", "lstrip": False, "__type": "AddedToken"}
         changed = {"special_tokens_map.json": json.dumps({"eos_token": token}).encode()}
-        template = {"chat_template.jinja": b"{{ eos_token }}"}
-        ours = muenclave.Prompter(tokenizer_files("bytes") | changed | template)
+        files = tokenizer_files("bytes") | changed
+        ours = muenclave.Prompter(prompts_of(files, "{{ eos_token }}"))
         wanted = Tokenizer.from_str(trained("bytes")).token_to_id("</s>")
         self.assertEqual(ours.encode({"messages": CHAT}), [wanted])
 
@@ -1155,11 +1156,12 @@ class Engine:
         self.process.wait()
 
 
-def saved(model, **more):
-    """The files of a model without its tokenizer."""
+def saved(model, kind, template=CHATML):
+    """The files of a model with a tokenizer and a template, as the engine has them."""
+    prompts = json.dumps(prompts_of(tokenizer_files(kind), template)).encode()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return files_of(pathlib.Path(folder)) | more
+        return files_of(pathlib.Path(folder)) | {"prompts.json": prompts}
 
 
 class Process(unittest.TestCase):
@@ -1175,7 +1177,7 @@ class Process(unittest.TestCase):
         {"messages": CHAT, "max_new_tokens": 6, "temperature": 0},
         {"prompt": "zen is", "max_new_tokens": 9, "temperature": 0},
         {"messages": [CHAT[0], CHAT[0]], "max_new_tokens": 6, "temperature": 0, "date": "1 May"},
-        {"prompt": chr(muenclave.PRIVATE)},
+        {"prompt": chr(prompting.PRIVATE)},
         {"prompt": "a", "max_new_tokens": 5, "temperature": 1.5, "top_p": 0.9, "top_k": 9},
         {"prompt": "a", "max_new_tokens": 1 << 20},
     )
@@ -1184,8 +1186,7 @@ class Process(unittest.TestCase):
         for model_type, fields, dtype, kind, template in self.ODD:
             with self.subTest(model=model_type, tokenizer=kind):
                 model = tiny(model_type, vocab_size=1000, **fields).to(getattr(torch, dtype))
-                more = tokenizer_files(kind) | {"chat_template.jinja": template.encode()}
-                files = saved(model, **more)
+                files = saved(model, kind, template)
                 wanted = answers(decoder(load(files), prompter(kind, template)), self.REQUESTS)
                 self.assertEqual(len(wanted[0][0]), 6)
                 self.assertEqual(wanted[3], ([], "prompt_invalid"))
@@ -1198,12 +1199,14 @@ class Process(unittest.TestCase):
                     self.assertIsNone(engine.process.poll())
 
     def test_models_that_can_t_be_loaded(self):
-        good = saved(tiny(vocab_size=1000), **tokenizer_files("bytes"))
+        good = saved(tiny(vocab_size=1000), "bytes")
         weights = bytes(good["model.safetensors"])
         for what, model_type, files in (
             ("trailing bytes", "llama", good | {"model.safetensors": weights + b"\0"}),
             ("no such architecture", "nothing", good),
             ("one that a batch can't do", "mamba", good),
+            ("no prompts", "llama", {n: d for n, d in good.items() if n != "prompts.json"}),
+            ("prompts that are none", "llama", good | {"prompts.json": b"{}"}),
         ):
             with self.subTest(what), Engine(model_type, files) as engine:
                 failure = mp.FAILURES.index("model_invalid")
@@ -1229,10 +1232,11 @@ def sealed_by_hand(folder, files, model_type="llama", size=1000):
     """Seal what tools/seal.py would refuse; a table of `size` ids. Returns support.Sealed."""
     source = folder / "source"
     source.mkdir()
-    for name, data in files.items():
-        (source / name).write_bytes(data)
+    names = sorted(name for name in files if name != seal.PROMPTS)
+    for name in names:
+        (source / name).write_bytes(files[name])
     table = [b"%d " % number for number in range(size)]
-    model = seal.Model(source, sorted(files), [], model_type, table)
+    model = seal.Model(source, names, [], model_type, table, bytes(files[seal.PROMPTS]))
     flags = types.SimpleNamespace(output=str(folder / "odd.mus"), chunk_size=1 << 16)
     key = secrets.token_bytes(32)
     (folder / "odd.key").touch(0o600)
@@ -1325,8 +1329,7 @@ class Streams(Whole):
     @classmethod
     def sealed(cls, folder):
         model = tiny(vocab_size=1000, max_position_embeddings=1 << 16)
-        template = {"chat_template.jinja": CHATML.encode()}
-        cls.files = saved(model, **tokenizer_files("bytes") | template)
+        cls.files = saved(model, "bytes")
         return sealed_by_hand(folder, cls.files)
 
     def test_limits_and_mistakes_leave_the_session_usable(self):
@@ -1334,9 +1337,9 @@ class Streams(Whole):
             for request, code, limit in (
                 ({"prompt": "zen " * 50_000}, "prompt_too_long", 50_000),
                 ({"prompt": "zen", "max_new_tokens": 50_000}, "too_many_tokens", 50_000),
-                ({"prompt": f"a{chr(muenclave.PRIVATE)}"}, "prompt_invalid", None),
+                ({"prompt": f"a{chr(prompting.PRIVATE)}"}, "prompt_invalid", None),
                 # This template does not print the date, but it is refused all the same.
-                ({"messages": CHAT, "date": chr(muenclave.PRIVATE)}, "prompt_invalid", None),
+                ({"messages": CHAT, "date": chr(prompting.PRIVATE)}, "prompt_invalid", None),
             ):
                 with self.assertRaises(mp.ProtocolError) as caught:
                     self.ask(session, request)
@@ -1398,7 +1401,7 @@ class Invalid(unittest.TestCase):
     """A sealed model that lies is refused by name, and the enclave lives."""
 
     def test_lies(self):
-        good = saved(tiny(vocab_size=1000), **tokenizer_files("bytes"))
+        good = saved(tiny(vocab_size=1000), "bytes")
         weights = bytes(good["model.safetensors"])
         name = b'"model.norm.weight":'
         self.assertEqual(weights.count(name), 1)

@@ -30,9 +30,11 @@ import unittest
 import muprotocol as mp
 from tests import support
 
-import seal  # isort: skip  (from tools/, which tests.support has put on the path)
+import prompting  # isort: skip  (from tools/, which tests.support has put on the path)
+import seal  # isort: skip
 
 CHUNK = 4096
+MADE = {mp.VOCABULARY_FILE, "prompts.json"}  # from files that are not sealed themselves
 ITEM = {"F32": 4, "BF16": 2, "U8": 1}
 
 
@@ -110,6 +112,12 @@ def unseal(path, key):
     return container, files, plain
 
 
+def kept(names):
+    """Those of a model's files that are sealed as they are."""
+    suffix = ".safetensors"
+    return {n for n in names if n in ("config.json", "generation_config.json") or suffix in n[-12:]}
+
+
 def key_of(path):
     """(asset, key) in a key file that is in clear."""
     fields = json.loads(path.read_text())
@@ -147,8 +155,8 @@ class RoundTrip(Folder):
         self.seal("--chunk-size", chunk_size).check()
         asset, key = key_of(self.key)
         container, files, plain = unseal(self.sealed, key)
-        self.assertEqual(set(files), {*os.listdir(model), mp.VOCABULARY_FILE})
-        for name in os.listdir(model):
+        self.assertEqual(set(files), kept(os.listdir(model)) | MADE)
+        for name in set(files) - MADE:
             self.assertEqual(files[name], (model / name).read_bytes(), name)
         table = pathlib.Path(f"{self.sealed}.vocab").read_bytes()
         self.assertEqual(files[mp.VOCABULARY_FILE], table)
@@ -180,6 +188,39 @@ class RoundTrip(Folder):
 
     def test_small_model(self):
         self.assertGreater(self.check(self.model).chunks, 4)
+
+    def test_prompts(self):
+        """The model's tokenizer and template are there as one file, with marks renamed."""
+        self.seal().check()
+        prompts = json.loads(unseal(self.sealed, key_of(self.key)[1])[1]["prompts.json"])
+        names = {"<|end|>": "\U000f8001", "<think>": "\U000f8003"}
+        fields = json.loads(byte_level_json())
+        for token in fields["added_tokens"]:
+            token["content"] = names[token["content"]]
+        variables = {"add_generation_prompt": True, "tools": None, "documents": None}
+        wanted = {
+            "tokenizer": fields,
+            "masks": {"<|end|>": "\U000f8000", "<think>": "\U000f8002"},
+            "names": names,
+            "pattern": r"<\|end\|>|<think>",
+            "ids": [[256, 256], [257, 257]],
+            "special": [],
+            "prefix": [],
+            "variables": variables | {"eos_token": "<|end|>"},
+            "template": "{{ messages[0].content }}",
+        }
+        self.assertEqual(prompts, wanted)
+
+    def test_as_many_marks_as_there_are_characters(self):
+        level = json.loads(byte_level_json())
+        token = level["added_tokens"][0]
+        count = prompting.MARKS_LIMIT
+        added = [token | {"id": 256 + n, "content": f"<{n}>"} for n in range(count + 1)]
+        prompts = prompting.make_prompts(json.dumps(level | {"added_tokens": added[:-1]}), {}, "")
+        characters = {*prompts["masks"].values(), *prompts["names"].values()}
+        self.assertEqual((len(characters), max(characters)), (2 * count, chr(0x10FFFF)))
+        with self.assertRaisesRegex(ValueError, "tokenizer.json: more than 49,152 added tokens"):
+            prompting.make_prompts(json.dumps(level | {"added_tokens": added}), {}, "")
 
     def test_last_chunk_full_or_a_byte_long(self):
         length = self.check(self.model).length
@@ -606,6 +647,11 @@ def make_pipe(model):
     os.mkfifo(model / "config.json")
 
 
+def both(*changes):
+    """A change: one after the other."""
+    return lambda model: [change(model) for change in changes]
+
+
 def index_of(**places):
     """A change: an index with these places."""
     return put("model.safetensors.index.json", {"weight_map": places})
@@ -616,6 +662,21 @@ def two_shards(model):
     write(model / "model-2.safetensors", safetensors({"b": ("U8", [4])}))
     places = {"a": "model.safetensors", "b": "model-2.safetensors", "none": "model.safetensors"}
     index_of(**places)(model)
+
+
+def wrong_shard(model):
+    """A change: two shards, and an index that has their tensors the other way round."""
+    write(model / "model.safetensors", safetensors({"a": ("U8", [4])}))
+    write(model / "model-2.safetensors", safetensors({"b": ("U8", [4])}))
+    index_of(a="model-2.safetensors", b="model.safetensors")(model)
+
+
+def make_holes(model):
+    """A change: a vocabulary with an id that nothing has, and all added tokens in it."""
+    fields = spm_json({"type": "Sequence", "decoders": LLAMA_2})
+    vocabulary = fields["model"]["vocab"]
+    vocabulary["b"] = len(vocabulary)
+    write(model / "tokenizer.json", fields)
 
 
 def weights(header, data=b"", size=None):
@@ -660,6 +721,11 @@ REFUSED = {
     "absolute path": (index_of(a="/etc/model.safetensors"), BAD_NAME),
     "place no text": (index_of(a=1), BAD_NAME),
     "index no map": (put("model.safetensors.index.json", {"weight_map": [1]}), BAD_NAME),
+    "index elsewhere": (wrong_shard, "does not agree with the files about a"),
+    "more in index": (
+        index_of(**dict.fromkeys(("a", "b", "more", "none"), "model.safetensors")),
+        "does not agree with the files about more",
+    ),
     "not in index": (index_of(a="model.safetensors"), "does not agree with the files about b"),
     "shard missing": (index_of(a="model-1.safetensors"), "has no model-1.safetensors"),
     "shard of JSON": (index_of(a="config.json"), "has no config.json; weights"),
@@ -677,7 +743,15 @@ REFUSED = {
     "odd type": (edit("config.json", model_type="../llama"), "model_type is not a name"),
     "no vocabulary": (edit("config.json", vocab_size=None), "vocab_size is not a number"),
     "huge vocabulary": (edit("config.json", vocab_size=1 << 30), "vocab_size is not a number"),
+    "tokenizer no text": (put("tokenizer.json", b"\xff"), "tokenizer.json: 'utf-8' codec can't"),
     "tokenizer no JSON": (put("tokenizer.json", "{"), "tokenizer.json: "),
+    "vocabulary's holes": (make_holes, "tokenizer.json: its vocabulary has holes where added"),
+    "odd mark": (edit("tokenizer_config.json", bos_token={"id": 1}), "bos_token has no content"),
+    "template no text": (put("chat_template.jinja", b"\xff"), "chat_template.jinja: not UTF-8"),
+    "many templates": (
+        both(drop("chat_template.jinja"), edit("tokenizer_config.json", chat_template=[{}])),
+        "tokenizer_config.json: its chat_template is not one text",
+    ),
     "weights empty": (put("model.safetensors", b""), SOUND),
     "weights short": (put("model.safetensors", b"1234567"), SOUND),
     "header long": (weights(tensor(), bytes(4), size=1 << 40), SOUND),
@@ -949,8 +1023,8 @@ class Hub(Folder):
         asset, key = key_of(self.key)
         self.assertRegex(asset, r"\ATiny-Model-[0-9a-f]{8}\Z")
         _, files, _ = unseal(self.sealed, key)
-        files.pop(mp.VOCABULARY_FILE)
-        self.assertEqual(files, self.taken)
+        self.assertEqual(set(files), kept(self.taken) | MADE)
+        self.assertLessEqual({n: files[n] for n in kept(files)}.items(), self.taken.items())
         self.assertEqual(sorted(os.listdir(self.out)), ["m.key", "m.mus", "m.mus.vocab"])
         fetched = {path.rpartition("/")[2] for path in self.server.asked if "/resolve/" in path}
         self.assertEqual(fetched, set(self.taken))

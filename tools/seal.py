@@ -35,22 +35,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import prompting  # noqa: E402
+
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
 DEFAULT_MODEL = "unsloth/Llama-3.2-3B-Instruct"
 INDEX = "model.safetensors.index.json"
 NEEDED = ("config.json", "tokenizer.json")
+PROMPTS = "prompts.json"
 SETTINGS = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
     INDEX,
 )
 TAKEN = (*SETTINGS, "tokenizer.json", "chat_template.jinja", "*.safetensors")
+SEALED = ("config.json", "generation_config.json", "*.safetensors")  # others are checked and read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # loading one runs its code
 TENSOR_ALIGNMENT = 64  # of tensor data in the plaintext: engines map it and compute in place
 SCRYPT = {"n": 1 << 17, "r": 8, "p": 1}  # half a second and 128 MiB a guess
@@ -68,7 +70,8 @@ TEXTS = (
 )
 
 Source = collections.namedtuple("Source", "offset size data")  # data: a descriptor, or bytes
-Model = collections.namedtuple("Model", "folder names left_out model_type table")
+# names: of the files that are sealed as they are; prompts: the bytes of PROMPTS.
+Model = collections.namedtuple("Model", "folder names left_out model_type table prompts")
 
 
 class SealError(Exception):
@@ -85,7 +88,7 @@ def read_model(folder):
     """
     check_tree(folder)
     present = sorted(os.listdir(folder))
-    names = [name for name in present if any(fnmatch.fnmatchcase(name, p) for p in TAKEN)]
+    names = [name for name in present if is_among(name, TAKEN)]
     for name in names:
         if not mp.is_name(name):
             raise SealError(f"{folder}: {name!r} is not a plain file name")
@@ -103,8 +106,30 @@ def read_model(folder):
     if not mp.is_integer(2, VOCABULARY_LIMIT)(size):
         raise SealError(f"{folder / 'config.json'}: its vocab_size is not a number of tokens")
     table = vocabulary_table(folder / "tokenizer.json", size)
+    prompts = read_prompts(folder, settings)
     left_out = [name for name in present if name not in names and (folder / name).is_file()]
-    return Model(folder, names, left_out, model_type, table)
+    names = [name for name in names if is_among(name, SEALED)]
+    return Model(folder, names, left_out, model_type, table, prompts)
+
+
+def is_among(name, patterns):
+    """Whether a file's name fits one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def read_prompts(folder, settings):
+    """PROMPTS of a directory, as bytes; settings: {name: object} of its files. SealError."""
+    config = settings.get("tokenizer_config.json", {}) | settings.get("special_tokens_map.json", {})
+    template = folder / "chat_template.jinja"
+    try:
+        text = template.read_bytes().decode() if template.exists() else ""
+        tokenizer = (folder / "tokenizer.json").read_text("utf-8")
+        prompts = prompting.make_prompts(tokenizer, config, text)
+    except UnicodeDecodeError:
+        raise SealError(f"{template}: not UTF-8") from None
+    except ValueError as error:
+        raise SealError(f"{folder}: {error}") from None
+    return json.dumps(prompts, separators=(",", ":")).encode()
 
 
 def check_tree(folder):
@@ -117,7 +142,7 @@ def check_tree(folder):
             if os.path.commonpath([inside, target]) != inside:
                 raise SealError(f"{path} is a link out of the directory: copy the file there")
         for name in sorted(files):
-            if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in PICKLES):
+            if is_among(name.lower(), PICKLES):
                 path = os.path.join(place, name)
                 raise SealError(f"{path} may be a pickle, which can run code: take it away")
 
@@ -192,8 +217,8 @@ def vocabulary_table(path, size):
     """
     from tokenizers import Tokenizer
 
-    text = path.read_text("utf-8")
     try:
+        text = path.read_text("utf-8")
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  the library raises nothing narrower
         raise SealError(f"{path}: {first_line(error)}") from None
@@ -431,11 +456,12 @@ def rewrap(flags):
 def lay_out(model, open_file):
     """(sources, plaintext length): every file's place, tensor data at multiples of the alignment.
 
-    open_file(path) gives a descriptor. The vocabulary table comes first.
+    open_file(path) gives a descriptor. The vocabulary table comes first, then the prompts.
     """
     table = mp.encode_vocabulary(model.table)
     sources = {mp.VOCABULARY_FILE: Source(0, len(table), table)}
-    end = len(table)
+    sources[PROMPTS] = Source(len(table), len(model.prompts), model.prompts)
+    end = len(table) + len(model.prompts)
     for name in model.names:
         path = model.folder / name
         file = open_file(path)
