@@ -1003,8 +1003,7 @@ def engine_main(settings, gate, loader):
             files = map_arena(loader)
         generation = read_json(files, "generation_config.json")
         model = build_model(read_json(files, "config.json"), generation, read_state(files), device)
-        prompter = Prompter(read_json(files, "prompts.json"))
-        decoder = Decoder(model, prompter, settings, gate)
+        decoder = Decoder(model, Prompter(read_json(files, "prompts.json")), settings, gate)
     except EOFError:
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
@@ -1013,7 +1012,7 @@ def engine_main(settings, gate, loader):
         gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
         return 1
     gate.sendall(mp.PIPE.pack(mp.LOADED, 0, decoder.context))
-    return decoder.serve()
+    decoder.serve()
 
 
 def map_arena(loader):
@@ -1188,8 +1187,7 @@ class Decoder:
         ends = self.defaults.eos_token_id
         ends = config.eos_token_id if ends is None else ends
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self.rows = list(range(int(settings["ENCLAVE_SLOTS"])))  # that are free
-        self.cache = SlotCache(len(self.rows), self.context)
+        self.cache = SlotCache(int(settings["ENCLAVE_SLOTS"]), self.context)
         self.streams = []  # in the order in which they came
         self.out = bytearray()
         self.check()
@@ -1200,7 +1198,7 @@ class Decoder:
         """
         import torch
 
-        ids, row, rtol = list(range(1, 7)), len(self.rows) - 1, torch.finfo(self.model.dtype).eps
+        ids, row, rtol = list(range(1, 7)), self.cache.count - 1, torch.finfo(self.model.dtype).eps
         self.forward(row, [ids[:2]], [0])
         self.forward(row, [ids[2:5]], [2])
         parts = self.forward(0, [ids[5:]] * (row + 1), [6] * row + [5])[row:]
@@ -1212,13 +1210,10 @@ class Decoder:
         sample([self.stream({"slot": 0, "seed": 0}, ids)], parts)
 
     def serve(self):
-        """Take messages and make tokens until the gate is gone."""
+        """Take messages and make tokens; EOFError or OSError end it when the gate is gone."""
         while True:
             while is_readable(self.gate, 0 if self.streams or self.out else None):
-                try:
-                    self.take(json.loads(mp.read_frame(self.gate, mp.MESSAGE_LIMIT)))
-                except EOFError:
-                    return 0
+                self.take(json.loads(mp.read_frame(self.gate, mp.MESSAGE_LIMIT)))
             self.step()
             self.gate.sendall(self.out)
             self.out.clear()
@@ -1244,29 +1239,25 @@ class Decoder:
 
     def stream(self, request, ids):
         """A new stream; what the request does not say is said by the model's generation config."""
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-        given = {name: getattr(self.defaults, name, None) for name in neutral}
-        options = neutral | {name: value for name, value in given.items() if value is not None}
-        if not self.defaults.do_sample:
-            options["temperature"] = 0.0
-        options |= {name: request[name] for name in neutral if name in request}
+        options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        greedy = {} if self.defaults.do_sample else {"temperature": 0.0}
+        for given in (vars(self.defaults), greedy, request):  # the last one wins
+            options |= {name: given[name] for name in options if given.get(name) is not None}
         limit = len(ids) + request.get("max_new_tokens", self.context - len(ids))
         place = {"slot": request["slot"], "row": None, "ids": ids, "cached": 0, "limit": limit}
         return types.SimpleNamespace(**place, seed=request["seed"], **options)
 
     def end(self, stream, reason):
-        """Free the stream's row."""
+        """The stream is over; its row is free."""
         self.out += mp.PIPE.pack(mp.END, stream.slot, mp.ENDINGS.index(reason))
         self.streams.remove(stream)
-        if stream.row is not None:
-            self.rows = sorted([*self.rows, stream.row])  # the lowest first: a step takes them all
 
     def step(self):
         """One chunk of one prompt, then one token for every stream whose prompt is in the cache."""
-        for stream in self.streams:
-            if stream.row is None and self.rows:
-                stream.row = self.rows.pop(0)
-        active = [stream for stream in self.streams if stream.row is not None]
+        active = self.streams[: self.cache.count]
+        for stream in active:
+            if stream.row is None:  # it takes the lowest that is free, since a step goes over all
+                stream.row = min(set(range(self.cache.count)) - {other.row for other in active})
         running = [stream for stream in active if stream.cached + 1 == len(stream.ids)]
         for stream in [stream for stream in active if stream not in running][:1]:
             chunk = stream.ids[stream.cached : stream.cached + CHUNK]
@@ -1291,9 +1282,8 @@ class Decoder:
 
         with torch.inference_mode():
             device, dtype = self.model.device, self.model.dtype
-            tokens = torch.tensor(tokens, device=device)
+            tokens, starts = (torch.tensor(v, device=device) for v in (tokens, starts))
             count, width = tokens.shape
-            starts = torch.tensor(starts, device=device)
             positions = starts[:, None] + torch.arange(width, device=device)
             span = torch.arange(int(starts.max()) + width, device=device)
             mask = (span > positions[:, None, :, None]).to(dtype) * torch.finfo(dtype).min
