@@ -13,7 +13,6 @@ has been verified and the key is sealed for the enclave that gave it.
 import argparse
 import collections
 import contextlib
-import functools
 import getpass
 import hashlib
 import http.server
@@ -28,6 +27,7 @@ import signal
 import socket
 import socketserver
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -36,10 +36,7 @@ import muprotocol as mp
 from muprotocol import ProtocolError
 
 DONE, REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
-EXIT_STATUSES = (
-    "exit status: 0 done (attest: verified); 1 refused, by us or by the enclave; "
-    "2 flags or files are wrong; 3 unreachable or cut off; 130 interrupted"
-)
+EPILOG = "exit status: 0 done; 1 refused; 2 wrong flags or files; 3 unreachable; 130 interrupted"
 
 
 class Failure(Exception):
@@ -54,9 +51,8 @@ class Failure(Exception):
 
 FILE_LIMIT = 64 << 20
 TOKEN_FORM = "[!-~]{16,256}"  # of an access token; ours are mu- and 64 hexadecimal characters
-COST = mp.is_integer(1, 16)
-SCRYPT = {"n": mp.is_one_of(*(1 << power for power in range(14, 21))), "r": COST, "p": COST}
-SCRYPT |= {"salt": mp.is_hex(16)}
+SCRYPT = {"n": mp.is_one_of(*(1 << power for power in range(14, 21))), "salt": mp.is_hex(16)}
+SCRYPT |= dict.fromkeys(("r", "p"), mp.is_integer(1, 16))
 SCRYPT_MEMORY = (2 << 30) - 2  # bytes: as much as hashlib takes
 KEY_FACTS = {"version": mp.is_one_of(1), "asset": mp.is_name}
 KEY = KEY_FACTS | {"key": mp.is_hex(32)}
@@ -77,6 +73,7 @@ REFERENCE = {
     "model?": mp.is_hex(32),
     "pcrs?": mp.is_object({f"{pcr}?": mp.is_hex(32) for pcr in mp.PCRS}),
     "attestation_key?": mp.is_hex(len(mp.ATTESTATION_KEY) + 2 + 256),  # TPMT_PUBLIC
+    "event_log?": mp.LOGGED["log"],  # of the boot that was enrolled: it explains, it proves nothing
     "image?": lambda v: isinstance(v, dict),  # facts for readers; no check rests on them
 }
 
@@ -159,79 +156,53 @@ def read_key_file(path, ask_passphrase):
 Check = collections.namedtuple("Check", "name expected got ok")
 
 
-class Psk:
+def verify_psk(secret, data, proof, reference):
     """Evidence for development: HMAC under a role's provisioning secret. Says who, not what."""
-
-    def __init__(self, secret):
-        if secret is None:
-            raise Failure("evidence of kind psk needs the provisioning secret: --psk FILE")
-        self._secret = secret
-
-    def verify(self, data, proof, reference):
-        """The checks of a proof over 32 bytes of report data. [Check]"""
-        ok = secrets.compare_digest(mp.psk_proof(self._secret, data), proof)
-        got = "that" if ok else "another: other secret, or a changed transcript"
-        return [Check("proof", "HMAC of this session under our secret", got, ok)]
+    if secret is None:
+        raise Failure("evidence of kind psk needs the provisioning secret: --psk FILE")
+    ok = secrets.compare_digest(mp.psk_proof(secret, data), proof)
+    got = "that" if ok else "another: other secret, or a changed transcript"
+    return [Check("proof", "HMAC of this session under our secret", got, ok)]
 
 
 # Names as in the TCG's TPM 2.0 Library, Part 2: Structures. A proof is what TPM2_Quote gives, then
 # the PCRs' values: TPM2B_ATTEST (10.12.13) with the size, then TPMS_ATTEST of magic, type,
 # qualifiedSigner, extraData, clockInfo, firmwareVersion, pcrSelect, pcrDigest; TPMT_SIGNATURE
-# (11.3.4). Our key, PCRs and report data leave each field one size.
-TPM2_PROOF = struct.Struct(f">2s4s2s36s34s17s8s10s34s6s256s{32 * len(mp.PCRS)}s")
-ATTEST = slice(2, 147)  # what is signed of it
-TPM_GENERATED_VALUE = bytes.fromhex("ff544347")  # 6.2: nothing else that the key signs begins so
-TPM_ST_ATTEST_QUOTE = bytes.fromhex("8018")  # 6.9
-TPM_RH_ENDORSEMENT = bytes.fromhex("4000000b")  # 7.4
-RSASSA_SHA256 = struct.pack(">HHH", mp.TPM_ALG_RSASSA, mp.TPM_ALG_SHA256, 256)
+# (11.3.4). Our key, PCRs and report data leave each field one size; clock and version may be any.
+PROOF = struct.Struct(f">2s4s2s36s34s25x10s34s6s256s{32 * len(mp.PCRS)}s")
 DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, 9.2, note 1
 
 
-class Tpm2:
-    """Evidence of a measured boot: a TPM 2.0's quote of the PCRs, signed by the reference's key."""
+def verify_tpm2(secret, data, proof, reference):
+    """Evidence of a measured boot: a TPM 2.0's quote of the PCRs, signed by the reference's key.
 
-    def __init__(self, secret=None):
-        pass  # it takes no secret of ours
-
-    def verify(self, data, proof, reference):
-        """The checks of a proof over 32 bytes of report data. [Check]"""
-        if len(proof) != TPM2_PROOF.size:
-            sizes = (f"{size} bytes" for size in (TPM2_PROOF.size, len(proof)))
-            return [Check("proof", *sizes, False)]
-        size, magic, kind, signer, extra, _, _, selection, digest, scheme, signature, values = (
-            TPM2_PROOF.unpack(proof)
-        )
-        public = bytes.fromhex(reference.get("attestation_key", ""))
-        qualified_name = tpm_name(TPM_RH_ENDORSEMENT + tpm_name(public))  # Part 1, 16: of a primary
-        compared = {
-            "attestation key": (mp.ATTESTATION_KEY + (256).to_bytes(2, "big"), public[:-256]),
-            "size": ((ATTEST.stop - ATTEST.start).to_bytes(2, "big"), size),
-            "magic": (TPM_GENERATED_VALUE, magic),
-            "type": (TPM_ST_ATTEST_QUOTE, kind),
-            "qualifiedSigner": (mp.tpm2b(qualified_name), signer),
-            "extraData": (mp.tpm2b(data), extra),
-            "pcrSelect": (mp.pcr_selection(*mp.PCRS), selection),
-            "pcrDigest": (mp.tpm2b(hashlib.sha256(values).digest()), digest),
-            "sigAlg": (RSASSA_SHA256, scheme),
-        }
-        checks = [Check(name, a.hex(), b.hex(), a == b) for name, (a, b) in compared.items()]
-        ok = is_signed(int.from_bytes(public[-256:], "big"), proof[ATTEST], signature)
-        got = "that" if ok else "another: of another key, or of a changed quote"
-        checks.append(Check("signature", "the attestation key's", got, ok))
-        return checks + check_pcrs(values, reference.get("pcrs", {}))
-
-
-def check_pcrs(values, known):
-    """The checks of the values of PCRS against those that are known, by number. [Check]
-
-    Firmware ends each of 0 to 7 with a separator (TCG PC Client Platform Firmware Profile, 3.3.4);
-    9 would hold an initrd or load options, and our image takes none.
+    Firmware ends each of PCR 0 to 7 with a separator (TCG PC Client Platform Firmware Profile,
+    3.3.4), so none of them is zero; 9 would hold an initrd or load options, and we take none.
     """
+    if len(proof) != PROOF.size:
+        return [Check("proof", f"{PROOF.size} bytes", f"{len(proof)} bytes", False)]
+    size, magic, kind, signer, extra, pcrs, digest, scheme, signed, values = PROOF.unpack(proof)
+    public, known = bytes.fromhex(reference.get("attestation_key", "")), reference.get("pcrs", {})
+    qualified_name = tpm_name(mp.TPM_RH_ENDORSEMENT + tpm_name(public))  # of a primary key
+    compared = {
+        "attestation key": (mp.ATTESTATION_KEY + b"\1\0", public[:-256]),
+        "size": (b"\0\x91", size),
+        "magic": (b"\xffTCG", magic),  # TPM_GENERATED_VALUE: nothing else that it signs begins so
+        "type": (b"\x80\x18", kind),  # TPM_ST_ATTEST_QUOTE
+        "qualifiedSigner": (mp.tpm2b(qualified_name), signer),
+        "extraData": (mp.tpm2b(data), extra),
+        "pcrSelect": (mp.pcr_selection(*mp.PCRS), pcrs),
+        "pcrDigest": (mp.tpm2b(hashlib.sha256(values).digest()), digest),
+        "sigAlg": (struct.pack(">HHH", mp.TPM_ALG_RSASSA, mp.TPM_ALG_SHA256, 256), scheme),
+    }
+    checks = [Check(name, a.hex(), b.hex(), a == b) for name, (a, b) in compared.items()]
+    ok = is_signed(int.from_bytes(public[-256:], "big"), proof[2:147], signed)
+    got = "that" if ok else "another: of another key, or of a changed quote"
+    checks.append(Check("signature", "the attestation key's", got, ok))
     pcrs = {str(pcr): values[32 * at :][:32].hex() for at, pcr in enumerate(mp.PCRS)}
-    checks = [
-        Check(f"PCR {pcr}", known.get(pcr, "a reference value"), value, value == known.get(pcr))
-        for pcr, value in pcrs.items()
-    ]
+    for pcr, value in pcrs.items():
+        expected = known.get(pcr, "a reference value")
+        checks.append(Check(f"PCR {pcr}", expected, value, value == expected))
     zeros = [pcr for pcr, value in pcrs.items() if value == "00" * 32]
     return [*checks, Check("PCRs at zero", "9", " ".join(zeros) or "none", zeros == ["9"])]
 
@@ -252,7 +223,8 @@ def is_signed(modulus, message, signature):
     return value < modulus and pow(value, 65537, modulus).to_bytes(256, "big") == encoded
 
 
-EVIDENCE = {"psk": Psk, "tpm2": Tpm2}  # a class per kind: made from the secret (or None)
+# By kind: verify(secret or None, 32 bytes of report data, proof, reference values) -> [Check].
+EVIDENCE = {"psk": verify_psk, "tpm2": verify_tpm2}
 
 
 class Refusal(ProtocolError):
@@ -272,7 +244,7 @@ def check_measurement(measurement, reference, model=None, allow_unconfined=False
     expected, posture = reference["measurement"], measurement["posture"]
     got, sealed = measurement["measurement"], measurement["model"]
     model = model or reference.get("model")
-    withdrawn = got in reference["withdrawn"]
+    withdrawn = {got, expected} & set(reference["withdrawn"])
     level, levels = posture["confinement"], ["full", "seccomp", "none"][: 2 + allow_unconfined]
     return [
         Check("measurement", expected, got, got == expected),
@@ -390,23 +362,23 @@ POLL_SECONDS = 0.2  # between two looks at whether an answer is still wanted
 class Session:
     """A session with an enclave that has been verified; one request at a time, from one thread.
 
-    address: (host, port). reference: reference values. secret: what the evidence kind needs of us.
-    wanted: options of check_measurement. checks: what was verified. measurement: step 1. ready:
-    step 3. final: an answer's last record. Raises Refusal when a check fails, else ProtocolError:
-    connection_lost or timeout for a link that fails, the enclave's code for what it refuses.
+    address: (host, port). reference: reference values. psk: the role's secret, for that kind.
+    excused: names of checks that may fail. wanted: options of check_measurement.
+    checks: what was verified. measurement: step 1. ready: step 3. final: an answer's last record.
+    Raises Refusal when a check fails, else ProtocolError: connection_lost or timeout for a link
+    that fails, the enclave's code for what it refuses.
     """
 
-    def __init__(self, address, reference, secret=None, role="user", inlet=None, **wanted):
+    def __init__(self, address, reference, psk=None, role="user", inlet=None, excused=(), **wanted):
         if reference["kind"] not in EVIDENCE:
             raise Failure(f"this muproxy can't verify evidence of kind {reference['kind']}")
-        evidence = EVIDENCE[reference["kind"]](secret)
         self.link = self.ready = self.final = None
         self.is_open = True
         with self._step():
             self.link = Link(address, inlet or Inlet())
-            self._handshake(role, reference, evidence, wanted)
+            self._handshake(role, reference, psk, excused, wanted)
 
-    def _handshake(self, role, reference, evidence, wanted):
+    def _handshake(self, role, reference, psk, excused, wanted):
         """Steps 0 and 1."""
         kind, share = reference["kind"], mp.KeyShare()
         challenge = {"version": mp.VERSION, "role": role, "evidence": kind}
@@ -417,12 +389,11 @@ class Session:
         proof = mp.read_frame(self.link, mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)
         self.measurement = mp.parse_message(answer, mp.MEASUREMENT)
         transcript = mp.transcript_hash(challenge, answer)
-        self.checks = evidence.verify(mp.report_data(kind, transcript), proof, reference)
+        self.checks = EVIDENCE[kind](psk, mp.report_data(kind, transcript), proof, reference)
         self.checks += check_measurement(self.measurement, reference, **wanted)
-        if not all(check.ok for check in self.checks):
+        if not all(check.ok or check.name in excused for check in self.checks):
             raise Refusal(self.checks)
-        secret = share.agree(bytes.fromhex(self.measurement["share"]))
-        keys = mp.session_keys(secret, transcript)
+        keys = mp.session_keys(share.agree(bytes.fromhex(self.measurement["share"])), transcript)
         self.sealer = mp.Sealer(keys["h2e"])
         self.opener = mp.Opener(keys["e2h"], mp.MESSAGE_LIMIT)
 
@@ -431,6 +402,7 @@ class Session:
 
         on_progress: called with the tenths of the weights that are loaded.
         """
+        self.ready = None
         self._send(token)
         while self.ready is None:
             message = self._receive(LOAD_SECONDS, mp.PROGRESS, mp.READY)
@@ -440,10 +412,14 @@ class Session:
                 on_progress(message["progress"])
         return self.ready
 
-    def command(self, command):
-        """An owner's status, lock or revoke; returns READY."""
-        self.ready = None
-        return self.prove(command)
+    def read_log(self):
+        """The event log of the boot, bytes, in place of step 2; the session ends with it."""
+        if self.measurement["status"] != "locked":
+            raise ProtocolError("evidence_unavailable", "it tells its log while it is locked")
+        self._send({"log": True})
+        return bytes.fromhex(self._receive(ANSWER_SECONDS, mp.LOGGED)["log"])
+
+    command = prove  # an owner's status, lock or revoke: READY answers these too
 
     def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
         """The pieces of one answer's text, as they come; `final` is its last record afterwards.
@@ -459,24 +435,21 @@ class Session:
         if len(mp.encode_json(request)) > mp.REQUEST_FRAME - mp.RECORD_HEADER - mp.TAG:
             raise ProtocolError("prompt_too_long")
         cutter = mp.TextCutter(vocabulary, stops) if vocabulary else None
-        self.final, self._is_cancelled = None, False
+        self.final, self._is_cancelled, self._vocabulary = None, False, vocabulary
         self._send(request)
         try:
             while self.final is None:
-                if piece := self._take_piece(vocabulary, cutter, is_gone):
+                if piece := self._take_piece(cutter, is_gone):
                     yield piece
         except GeneratorExit:
             self._drain()
             raise
 
-    def _take_piece(self, vocabulary, cutter, is_gone):
+    def _take_piece(self, cutter, is_gone):
         """The text that the next message brings."""
         message = self._receive(ANSWER_SECONDS, mp.FINAL, is_gone=is_gone)
-        if isinstance(message, bytes):
-            with self._step():
-                if cutter is None:
-                    raise ProtocolError("bad_record", "ids where text was asked for")
-                piece = cutter.feed(vocabulary.unpack(message))
+        if isinstance(message, list):
+            piece = cutter.feed(message)
             if cutter.stopped:
                 self.cancel()
             return piece
@@ -498,7 +471,7 @@ class Session:
         deadline = time.monotonic() + DRAIN_SECONDS
         with contextlib.suppress(ProtocolError):
             self.cancel()
-            while isinstance(last := self._receive(deadline - time.monotonic(), mp.FINAL), bytes):
+            while isinstance(last := self._receive(deadline - time.monotonic(), mp.FINAL), list):
                 pass
             self.final = last
 
@@ -507,13 +480,12 @@ class Session:
             self.link.sendall(b"".join(self.sealer.seal_json(message)))
 
     def _receive(self, seconds, *schemas, is_gone=lambda: False):
-        """The next message: an object; for FINAL also the bytes of packed ids.
+        """The next message: an object; for FINAL also a list of ids, if we have a vocabulary.
 
         It must begin within so many seconds. Raises ProtocolError, for an ERROR with its code.
         """
-        deadline, message = time.monotonic() + seconds, None
+        deadline, has_begun, message = time.monotonic() + seconds, False, None
         with self._step():
-            has_begun = False
             while not has_begun:
                 if time.monotonic() > deadline:
                     raise TimeoutError("no message came")
@@ -523,8 +495,8 @@ class Session:
             while message is None:
                 payload = mp.read_frame(self.link, mp.RESPONSE_FRAME, RECORD_SECONDS)
                 message = self.opener.open(payload)
-            if message[0] == mp.IDS_RECORD and mp.FINAL in schemas:
-                return message[1]
+            if message[0] == mp.IDS_RECORD and mp.FINAL in schemas and self._vocabulary:
+                return self._vocabulary.unpack(message[1])
             if message[0] != mp.JSON_RECORD:
                 raise ProtocolError("bad_record", "ids where JSON was due")
             fields = mp.parse_message(message[1], *schemas, mp.ERROR)
@@ -756,6 +728,7 @@ class Answer:
         kind += ".chunk" if is_chat and is_stream else ""
         self.base = {"id": name, "object": kind, "created": int(time.time())}
         self.base |= {"model": ready["asset"], "system_fingerprint": "fp_" + ready["model"][:16]}
+        self.role = {"role": "assistant"}  # of a stream's first chunk
 
     def make(self, text, reason=None, **more):
         """One object: the whole answer, or a chunk of a stream."""
@@ -763,7 +736,8 @@ class Answer:
         if not self.is_chat:
             choice["text"] = text
         elif self.is_stream:
-            choice["delta"] = {} if reason else {"content": text}
+            choice["delta"] = {} if reason else self.role | {"content": text}
+            self.role = {}
         else:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         return self.base | {"choices": [choice]} | more
@@ -928,8 +902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The access token that the client sent. Raises HttpError."""
         given = self.headers.get("Authorization", "")
         if not re.fullmatch(f"Bearer {TOKEN_FORM}", given):
-            text = "no access token, or a malformed one, in Authorization: Bearer"
-            raise HttpError(401, text, "invalid_api_key")
+            raise HttpError(401, "Authorization: Bearer needs an access token", "invalid_api_key")
         return given.removeprefix("Bearer ")
 
     def read_body(self):
@@ -974,8 +947,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             waiting.close()
             answer = Answer(is_chat, is_stream, session.ready)
             if is_stream:
-                self.stream(answer, session, first, pieces, fields.get("stream_options", {}))
-                return
+                return self.stream(answer, session, first, pieces, fields)
             text, final = first + "".join(pieces), session.final
         self.reply(200, answer.make(text, final["finish_reason"], usage=final["usage"]))
 
@@ -985,21 +957,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             name, value = f'tokens_total{{kind="{kind}"}}', session.final["usage"][f"{kind}_tokens"]
             self.server.count(name, value)
 
-    def stream(self, answer, session, first, pieces, options):
+    def stream(self, answer, session, first, pieces, fields):
         """Server-sent events, to the end or until the client is gone."""
-        usage = {"usage": None} if options.get("include_usage") else {}
+        usage = {"usage": None} if fields.get("stream_options", {}).get("include_usage") else {}
         self.close_connection = True
         self.start(200, "text/event-stream", {"Cache-Control": "no-cache"})
-        try:
-            if answer.is_chat:
-                opening = answer.make("", **usage)
-                opening["choices"][0]["delta"]["role"] = "assistant"
-                self.send_event(opening)
-            for piece in filter(None, itertools.chain([first], pieces)):
-                self.send_event(answer.make(piece, **usage))
-        except ProtocolError as error:
-            self.send_event(http_error(error).body)
-            raise
+        for piece in itertools.chain([first], pieces):
+            self.send_event(answer.make(piece, **usage))
         self.send_event(answer.make("", session.final["finish_reason"], **usage))
         if usage:
             self.send_event(answer.base | {"choices": [], "usage": session.final["usage"]})
@@ -1011,10 +975,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_gone(self):
         """Whether the client has hung up."""
-        try:
+        with contextlib.suppress(OSError):
             return is_readable(self.connection, 0) and not self.connection.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
+        return True
 
     def reply(self, status, value, kind="application/json", headers=None):
         """A whole response: text, or an object."""
@@ -1038,9 +1001,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def fail(self, error):
-        """Answer with an error, unless a stream has begun, which then just ends."""
+        """Answer with an error; a stream that has begun ends with it instead."""
         if self.is_answered:
-            return
+            return self.send_event(error.body)
         headers = {"Retry-After": RETRY_SECONDS} if error.status in (429, 503) else {}
         if error.status == 405:
             headers["Allow"] = PATHS.get(self.path.partition("?")[0], "GET, POST")
@@ -1103,9 +1066,8 @@ def serve(server, what):
     """Serve until SIGINT or SIGTERM; warn of an address that others can reach."""
     host, port = server.server_address[:2]
     if host not in ("127.0.0.1", "::1"):
-        text = "warning: others can reach this address, and read what is sent to it: listen on"
         tls = f"caddy reverse-proxy --from YOUR.HOST --to 127.0.0.1:{port}"
-        say(f"{text} 127.0.0.1 and put TLS in front, as with: {tls}")
+        say(f"warning: others can read what is sent here: put TLS in front, as with: {tls}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.closing(server.socket), contextlib.suppress(KeyboardInterrupt):
         say(f"{what} on {f'[{host}]' if ':' in host else host}:{port}")
@@ -1160,7 +1122,7 @@ def interruptible():
 
 
 def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
-    """One answer, shown piece by piece: (text, final record). Raises ProtocolError."""
+    """One answer, shown piece by piece, then a status line: (text, final record). ProtocolError."""
     request = {name: getattr(options, name, None) for name in SAMPLING}
     request |= {"max_new_tokens": limit or options.max_tokens, "stop": options.stop}
     request = {name: value for name, value in request.items() if value is not None}
@@ -1170,7 +1132,7 @@ def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
     system = [{"role": "system", "content": options.system}] if options.system else []
     messages = [*system, *turns, {"role": "user", "content": prompt}]
     request |= {"prompt": prompt} if options.raw else {"messages": messages}
-    parts = []
+    parts, before, start = [], options.inlet.received, time.monotonic()
     with pool.session(token) as session, interruptible() as is_gone:
         stops = request.pop("stop", ())
         pieces = session.generate(request, options.vocabulary, stops, is_gone)
@@ -1178,23 +1140,13 @@ def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
             for piece in pieces:
                 parts.append(piece)
                 show(piece)
-        return "".join(parts), session.final
-
-
-def answer_turn(pool, token, options, turns, prompt, limit):
-    """Answer a prompt within the talk, with a status line. Returns the talk after it.
-
-    Raises ProtocolError.
-    """
-    before, start = options.inlet.received, time.monotonic()
-    text, final = ask(pool, token, options, turns, prompt, limit, show_piece)
-    print(flush=True)
+        final = session.final
+    show("\n")
     count, used = final["usage"]["completion_tokens"], options.inlet.received - before
     speed = count / (time.monotonic() - start)
     left, reason = final["budget_left"], final["finish_reason"]
     dim(f"[{reason}: {count} tokens, {speed:.1f} tok/s; egress {used:,} bytes, {left:,} left]")
-    asked = {"role": "user", "content": prompt}
-    return [*turns, asked, {"role": "assistant", "content": text}]
+    return "".join(parts), final
 
 
 def chat_loop(pool, token, options):
@@ -1219,7 +1171,9 @@ def chat_loop(pool, token, options):
             dim(HELP)
         elif prompt:
             try:
-                turns = answer_turn(pool, token, options, turns, prompt, limit)
+                text, _ = ask(pool, token, options, turns, prompt, limit, show_piece)
+                asked = {"role": "user", "content": prompt}
+                turns = [*turns, asked, {"role": "assistant", "content": text}]
             except ProtocolError as error:
                 status = status_of(error)
                 say(f"error: {error}")
@@ -1227,11 +1181,10 @@ def chat_loop(pool, token, options):
 
 def batch(pool, token, options):
     """Answer the prompts of a file; write JSON results, as far as they came. Exit status."""
-    prompts, results, status = options.prompts_file, [], DONE
-    path = options.output_file
+    results, status, path = [], DONE, options.output_file
     with open(path, "w", encoding="utf-8") if path else contextlib.nullcontext(sys.stdout) as file:
         try:
-            for number, prompt in enumerate(prompts, 1):
+            for number, prompt in enumerate(options.prompts_file, 1):
                 try:
                     text, final = ask(pool, token, options, [], prompt)
                 except ProtocolError as error:
@@ -1243,7 +1196,6 @@ def batch(pool, token, options):
                     continue
                 facts = {name: final[name] for name in ("elapsed_ms", "finish_reason", "usage")}
                 results.append({"prompt": prompt, "completion": text} | facts)
-                dim(f"[{number} of {len(prompts)}; egress {options.inlet.received:,} bytes]")
                 if final["finish_reason"] == "cancelled":
                     raise KeyboardInterrupt
         finally:
@@ -1284,6 +1236,8 @@ def run_chat(options):
 
 BUDGET_DIVISOR = 10_000  # a lease's grant: a ten-thousandth of the sealed model's size
 LEAST_BUDGET = 4096  # bytes
+# Checks that may fail and still leave a session with the TPM's guest, to ask it for its log.
+EXPLAINED = ("measurement", "withdrawn", "model", "PCRs at zero", *(f"PCR {n}" for n in mp.PCRS))
 
 
 def print_checks(checks, reference):
@@ -1291,26 +1245,42 @@ def print_checks(checks, reference):
     root = reference["root"]
     print(f"root: {root} ({ROOTS[root.partition(':')[0]]})")
     for check in checks:
-        word = "ok" if check.ok else "FAILED"
-        print(f"{word:6} {check.name}: expected {check.expected}, got {check.got}", flush=True)
+        facts = f"{check.name}: expected {check.expected}, got {check.got}"
+        print("ok    " if check.ok else "FAILED", facts, flush=True)
 
 
 def run_attest(options):
-    """`attest`: verify, and print the evidence and every check."""
+    """`attest`: verify, print the evidence and every check, and explain PCRs by the event log."""
+    log, excused = None, EXPLAINED if options.log else ()
     try:
-        with contextlib.closing(connector(options)()) as session:
+        with contextlib.closing(connector(options, excused=excused)()) as session:
             checks = session.checks
+            log = session.read_log() if options.log else None
     except Refusal as error:
         checks = error.checks
     verified = all(check.ok for check in checks)
+    facts = {"verified": verified, "checks": [check._asdict() for check in checks]}
+    facts |= {name: options.reference[name] for name in ("root", "kind")}
+    lines = [] if log is None else explain(log, options, facts)
     if options.json:
-        facts = {"verified": verified, "checks": [check._asdict() for check in checks]}
-        facts |= {name: options.reference[name] for name in ("root", "kind")}
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(facts | {"log": lines}, indent=1))
     else:
         print_checks(checks, options.reference)
-        print("verified" if verified else "refused")
+        print(*lines, "verified" if verified else "refused", sep="\n")
     return DONE if verified else REFUSED
+
+
+def explain(log, options, facts):
+    """Write an event log to its file; what tools/eventlog.py says of the PCRs in it, by line."""
+    with open(options.log, "wb") as file:
+        file.write(log)
+    tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "eventlog.py")
+    if not os.path.exists(tool):
+        return [f"{options.log}: tools/eventlog.py of a checkout explains it"]
+    facts = json.dumps(facts | {"event_log": options.reference.get("event_log", "")})
+    command = [sys.executable, "-B", tool, options.log, "--attested", "/dev/stdin"]
+    done = subprocess.run(command, input=facts, capture_output=True, text=True)
+    return (done.stdout + done.stderr).splitlines()
 
 
 def read_owner(options):
@@ -1371,8 +1341,8 @@ def run_owner(options):
     """`status`, `lock` and `revoke`."""
     command = {options.verb: True}
     if options.verb == "revoke":
-        files = [mp.token_hash(token) for token in options.token_file or ()]
-        command = {"revoke": files[-1] if files else options.token_hash}
+        users = [mp.token_hash(token) for token in options.token_file or ()]
+        command = {"revoke": users[-1] if users else options.token_hash}
         if not mp.is_hex(32)(command["revoke"]):
             raise Failure("say whose token: --token-file FILE, or --token-hash HASH")
     token = read_owner(options)
@@ -1416,7 +1386,7 @@ VERBS = {  # verb: function, help, flags
     "chat": (run_chat, "talk to the model (the default)", TALK + "prompts-file output-file"),
     "serve": (run_serve, "OpenAI-compatible HTTP API", VERIFY + "listen vocabulary sessions"),
     "relay": (run_relay, "plain metered TCP relay to the enclave", REACH + "listen"),
-    "attest": (run_attest, "verify the enclave and print every check", VERIFY + "role json"),
+    "attest": (run_attest, "verify the enclave and print every check", VERIFY + "role json log"),
     "unlock": (run_unlock, "verify, then release the weights key with a lease", OWN + LEASE),
     "status": (run_owner, "ask an unlocked enclave how it is", OWN),
     "lock": (run_owner, "end the lease", OWN),
@@ -1450,6 +1420,7 @@ FLAGS = {  # flag: type, default, help
     "sessions": (int, 32, "enclave sessions at once (32)"),
     "role": (str, "user", "whose secret --psk is: user or owner"),
     "json": (bool, False, "print JSON"),
+    "log": (str, None, "where to write the boot's event log, which explains PCRs (kind tpm2)"),
     "key": (str, None, "file of the weights key"),
     "passphrase-file": (read_passphrase, None, "passphrase of a wrapped key; else it is asked for"),
     "development": (bool, False, "release the key although the evidence says too little"),
@@ -1466,18 +1437,16 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="muproxy", description=__doc__.partition(":")[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, (run, text, flags) in VERBS.items():
-        about = {"help": text, "description": text, "epilog": EXIT_STATUSES}
+        about = {"help": text, "description": text, "epilog": EPILOG}
         command = verbs.add_parser(verb, allow_abbrev=False, **about)
         command.set_defaults(run=run)
         for flag in flags.split():
-            if flag not in FLAGS:
-                command.add_argument(flag, choices=CHOICES.get(flag))
-                continue
-            kind, default, about = FLAGS[flag]
-            options = {"action": "append" if flag in REPEATABLE else "store", "type": kind}
-            options |= {"choices": CHOICES[flag]} if flag in CHOICES else {}
+            name = f"--{flag}" if flag in FLAGS else flag
+            kind, default, about = FLAGS.get(flag, (str, None, None))
+            action = "append" if flag in REPEATABLE else "store"
+            options = {"action": action, "type": kind, "choices": CHOICES.get(flag)}
             options = {"action": "store_true"} if kind is bool else options
-            command.add_argument(f"--{flag}", default=default, help=about, **options)
+            command.add_argument(name, default=default, help=about, **options)
     return parser
 
 
@@ -1486,35 +1455,22 @@ def status_of(error):
     return UNREACHABLE if error.code in ("connection_lost", "timeout") else REFUSED
 
 
-def connector(options):
+def connector(options, **wanted):
     """A function that opens and verifies a session, as the flags say."""
-    role = "owner" if "key" in options else getattr(options, "role", "user")
-    digest = options.model.digest if options.model else None
-    wanted = {"model": digest, "allow_unconfined": options.allow_unconfined}
-    facts = ((options.host, options.port), options.reference, options.psk, role, options.inlet)
-    return functools.partial(Session, *facts, **wanted)
+    is_owner = "key" in options or getattr(options, "log", None)
+    role = "owner" if is_owner else getattr(options, "role", "user")
+    wanted |= {"model": options.model.digest if options.model else None}
+    wanted |= {"allow_unconfined": options.allow_unconfined}
+    address = (options.host, options.port)
+    return lambda: Session(address, options.reference, options.psk, role, options.inlet, **wanted)
 
 
 def given_token(options):
     """The access token, from a file or the environment. Raises Failure."""
-    if options.token_file:
-        return options.token_file[-1]
-    given = os.environ.get("MUENCLAVE_TOKEN", "")
-    if not re.fullmatch(TOKEN_FORM, given):
+    token = options.token_file[-1] if options.token_file else os.environ.get("MUENCLAVE_TOKEN", "")
+    if not re.fullmatch(TOKEN_FORM, token):
         raise Failure("an access token is needed: --token-file FILE, or MUENCLAVE_TOKEN")
-    return given
-
-
-def given_reference(options):
-    """Reference values, from a file or a measurement alone. Raises Failure."""
-    expected = options.expected_measurement
-    facts = {"version": 1, "kind": "psk", "root": "psk", "withdrawn": [], "measurement": expected}
-    reference = options.reference or facts
-    if expected not in (None, reference["measurement"]):
-        raise Failure("--expected-measurement is not that of --reference")
-    if not mp.is_hex(32)(reference["measurement"]):
-        raise Failure("nothing to verify against: --reference FILE, or --expected-measurement HASH")
-    return reference
+    return token
 
 
 def prepare(options):
@@ -1524,7 +1480,14 @@ def prepare(options):
             raise Failure(f"--rate-kb: {LEAST_RATE / 1024} or more is wanted")
         options.inlet = Inlet(int(options.rate_kb * 1024))
     if "reference" in options:
-        options.reference = given_reference(options)
+        expected = options.expected_measurement
+        values = {"version": 1, "kind": "psk", "root": "psk", "withdrawn": []}
+        reference = options.reference or values | {"measurement": expected}
+        if expected not in (None, reference["measurement"]):
+            raise Failure("--expected-measurement is not that of --reference")
+        if not mp.is_hex(32)(reference["measurement"]):
+            raise Failure("nothing to verify against: --reference or --expected-measurement")
+        options.reference = reference
 
 
 def main(argv=None):

@@ -359,6 +359,11 @@ class Evidence(Case):
         self.assertEqual(self.failed(), set())
         self.assertEqual(self.failed({"measurement": "12" * 32}), {"measurement"})
         self.assertEqual(self.failed(reference={"withdrawn": ["11" * 32]}), {"withdrawn"})
+        other = {
+            "measurement": "12" * 32
+        }  # whatever it says: these values are withdrawn themselves
+        wrong = self.failed(other, {"withdrawn": ["11" * 32]})
+        self.assertEqual(wrong, {"measurement", "withdrawn"})
         self.assertEqual(self.failed({"posture": none}), {"confinement"})
         self.assertEqual(self.failed({"posture": none}, allow_unconfined=True), set())
         self.assertEqual(self.failed({"posture": debug}, allow_unconfined=True), {"debug"})
@@ -376,11 +381,11 @@ class Evidence(Case):
     def test_proof(self):
         secret, data = secrets.token_bytes(32), secrets.token_bytes(32)
         proof = mp.psk_proof(secret, data)
-        self.assertTrue(muproxy.Psk(secret).verify(data, proof, {})[0].ok)
+        self.assertTrue(muproxy.verify_psk(secret, data, proof, {})[0].ok)
         for wrong in (b"", proof[:-1], proof + b"\0", bytes(32), mp.psk_proof(bytes(32), data)):
-            self.assertFalse(muproxy.Psk(secret).verify(data, wrong, {})[0].ok)
+            self.assertFalse(muproxy.verify_psk(secret, data, wrong, {})[0].ok)
         with self.assertRaisesRegex(muproxy.Failure, "--psk"):
-            muproxy.Psk(None)
+            muproxy.verify_psk(None, data, proof, {})
 
     def test_roots_that_are_for_development(self):
         for kind, root, weak in (

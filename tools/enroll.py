@@ -1,19 +1,21 @@
 """Complete reference values for evidence of kind tpm2: the attestation key, then the PCRs.
 
     enroll.py reference.json --tpm TPM [--issuer FILE ...]    whose key signs: ask the TPM itself
-    enroll.py reference.json --enclave HOST:PORT              what booted: ask a running enclave
+    enroll.py reference.json --enclave HOST:PORT              what booted: ask a locked enclave
 
-TPM is a device (/dev/tpm0) or HOST:PORT, behind which a TPM's command channel lies. With --issuer,
+TPM is a device (/dev/tpm0), or a socket or HOST:PORT where a TPM takes commands. With --issuer,
 certificates (PEM) of whom the owner trusts to have made the TPM, the key becomes worth that: the
 TPM's endorsement key (EK) needs a certificate that leads to one of them, and the TPM has to prove
 that it holds both keys (TPM2_ActivateCredential). Nothing between here and the TPM is trusted with
 that. Without --issuer, and for a software TPM, the root is "fixture": good for development only.
 
 The PCRs are taken from a quote by the key that was enrolled; those that the file has already, say
-as predicted from the image, must agree. Enroll PCRs from a boot that you trust.
+as predicted from the image, must agree. Enroll PCRs from a boot that you trust. Its event log is
+kept beside them, so that `muproxy attest --log` can name the entry by which another boot differs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import hmac
 import json
@@ -21,6 +23,7 @@ import os
 import pathlib
 import secrets
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -28,20 +31,21 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import muenclave  # noqa: E402
+import eventlog  # noqa: E402
+import measure  # noqa: E402
+
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
 CONNECT_SECONDS = 10
+TPM_SECONDS = 120  # to make a key
 MODULUS = 256  # bytes of an RSA-2048 key
 
 # TCG TPM 2.0 Library, Part 2 (Structures) and Part 3 (Commands).
 TPM_CC_SELF_TEST, TPM_CC_NV_READ, TPM_CC_NV_READ_PUBLIC = 0x143, 0x14E, 0x169
 TPM_CC_ACTIVATE_CREDENTIAL, TPM_CC_POLICY_SECRET = 0x147, 0x151
 TPM_CC_START_AUTH_SESSION = 0x176
-TPM_RH_OWNER, TPM_RH_NULL, TPM_RH_ENDORSEMENT = (
-    handle.to_bytes(4, "big") for handle in (0x40000001, 0x40000007, muenclave.TPM_RH_ENDORSEMENT)
-)
+TPM_RH_OWNER, TPM_RH_NULL = bytes.fromhex("40000001"), bytes.fromhex("40000007")
 TPM_ALG_AES, TPM_ALG_CFB, TPM_SE_POLICY = 0x0006, 0x0043, 0x01
 NV_CHUNK = 512  # bytes that every TPM reads at once
 
@@ -63,46 +67,91 @@ class EnrollError(Exception):
 # ---------------------------------------------------------------- the TPM
 
 
-def open_tpm(place):
-    """A descriptor of a TPM's command channel: of a device, or a connection to HOST:PORT."""
-    try:
-        if "/" in place:
-            return os.open(place, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+class Tpm:
+    """A TPM's command channel: of a device, a socket, or HOST:PORT. Ends with its `with` block.
+
+    Raises EnrollError if it can't be reached. Every method raises OSError for another response code
+    than success, and for what is no response.
+    """
+
+    def __init__(self, place):
+        try:
+            self._channel = open_channel(place)
+        except (OSError, ValueError) as error:
+            text = getattr(error, "strerror", None) or error
+            raise EnrollError(f"can't reach a TPM at {place}: {text}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self._channel)
+
+    def command(self, code, handles=b"", parameters=b"", authorization=b""):
+        """What follows the header of the response to a command."""
+        return self._ask(mp.tpm_command(code, handles, parameters, authorization))
+
+    def _ask(self, command):
+        os.write(self._channel, command)
+        response, body = b"", None
+        while body is None:
+            is_there = muproxy.is_readable(self._channel, TPM_SECONDS)
+            block = os.read(self._channel, mp.TPM_BUFFER) if is_there else b""
+            if not block:
+                raise OSError("the TPM does not answer")
+            response += block
+            body = mp.tpm_response(response)
+        return body
+
+    @contextlib.contextmanager
+    def primary(self, public):
+        """(handle, TPMT_PUBLIC) of a key of the endorsement hierarchy, until the block ends."""
+        handle, made = mp.tpm_created(self._ask(mp.tpm_create_primary(public)))
+        try:
+            yield handle, made
+        finally:
+            self.flush(handle)
+
+    def flush(self, handle):
+        """TPM2_FlushContext of an object or a session."""
+        self.command(mp.TPM_CC_FLUSH, b"", handle)
+
+
+def open_channel(place):
+    """A descriptor of a device or a socket. Raises OSError, ValueError."""
+    if "/" not in place:
         connection = socket.create_connection(muproxy.address_of(place), CONNECT_SECONDS)
-        connection.settimeout(None)
-        return connection.detach()
-    except (OSError, ValueError) as error:
-        text = getattr(error, "strerror", None) or error
-        raise EnrollError(f"can't reach a TPM at {place}: {text}") from None
+    elif stat.S_ISSOCK(os.stat(place).st_mode):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(place)
+    else:
+        return os.open(place, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+    connection.settimeout(None)
+    return connection.detach()
 
 
-def flush(device, handle):
-    """TPM2_FlushContext of an object or a session."""
-    muenclave.tpm_command(device, muenclave.TPM_CC_FLUSH_CONTEXT, b"", handle)
-
-
-def attestation_key(device):
+@contextlib.contextmanager
+def attestation_key(tpm):
     """(handle, TPMT_PUBLIC) of the key that an enclave on this TPM quotes with. EnrollError."""
-    handle, public = muenclave.create_primary(device, mp.ATTESTATION_KEY + bytes(2))
-    if public[:-MODULUS] != mp.ATTESTATION_KEY + MODULUS.to_bytes(2, "big"):
-        raise EnrollError(f"the TPM made another key than it was told to: {public.hex()}")
-    return handle, public
+    with tpm.primary(mp.ATTESTATION_KEY + bytes(2)) as (handle, public):
+        if public[:-MODULUS] != mp.ATTESTATION_KEY + MODULUS.to_bytes(2, "big"):
+            raise EnrollError(f"the TPM made another key than it was told to: {public.hex()}")
+        yield handle, public
 
 
-def read_certificate(device):
-    """The DER of the RSA-2048 EK's certificate, None if the TPM has none."""
+def read_certificate(tpm):
+    """The DER of the RSA-2048 EK's certificate, None if the TPM has none. EnrollError, OSError."""
     index = EK_CERTIFICATE.to_bytes(4, "big")
     try:
-        public = muenclave.tpm_command(device, TPM_CC_NV_READ_PUBLIC, index)
+        public = tpm.command(TPM_CC_NV_READ_PUBLIC, index)
     except OSError:
         return None
     size = int.from_bytes(public[2:][: int.from_bytes(public[:2], "big")][-2:], "big")
     data = b""
     while len(data) < size:
         where = struct.pack(">HH", min(NV_CHUNK, size - len(data)), len(data))
-        password = muenclave.EMPTY_PASSWORD
         owner = TPM_RH_OWNER + index
-        body = muenclave.tpm_command(device, TPM_CC_NV_READ, owner, where, password)
+        body = tpm.command(TPM_CC_NV_READ, owner, where, mp.EMPTY_PASSWORD)
         block = body[6:][: int.from_bytes(body[4:6], "big")]
         if not block:
             raise EnrollError("the TPM's EK certificate can't be read")
@@ -149,22 +198,21 @@ def kdfa(key, label, context, bits):
     return hmac.digest(key, data, "sha256")[: bits // 8]
 
 
-def activate_credential(device, attestation, endorsement, parameters):
+def activate_credential(tpm, attestation, endorsement, parameters):
     """TPM2_ActivateCredential: the secret, from a TPM that holds both keys. Raises OSError."""
-    password, command = muenclave.EMPTY_PASSWORD, muenclave.tpm_command
     nonce, salt = mp.tpm2b(secrets.token_bytes(32)), bytes(2)
     kind = struct.pack(">BHH", TPM_SE_POLICY, mp.TPM_ALG_NULL, mp.TPM_ALG_SHA256)
     handles = TPM_RH_NULL + TPM_RH_NULL
-    session = command(device, TPM_CC_START_AUTH_SESSION, handles, nonce + salt + kind)[:4]
+    session = tpm.command(TPM_CC_START_AUTH_SESSION, handles, nonce + salt + kind)[:4]
     try:
         nothing = bytes(2 + 2 + 2 + 4)  # no nonce, cpHash, policyRef or expiration
-        handles = TPM_RH_ENDORSEMENT + session
-        command(device, TPM_CC_POLICY_SECRET, handles, nothing, password)
-        both = password + session + bytes(5)
+        handles = mp.TPM_RH_ENDORSEMENT + session
+        tpm.command(TPM_CC_POLICY_SECRET, handles, nothing, mp.EMPTY_PASSWORD)
+        both = mp.EMPTY_PASSWORD + session + bytes(5)
         handles = attestation + endorsement
-        body = command(device, TPM_CC_ACTIVATE_CREDENTIAL, handles, parameters, both)
+        body = tpm.command(TPM_CC_ACTIVATE_CREDENTIAL, handles, parameters, both)
     except OSError:
-        flush(device, session)  # a command that succeeds has ended it
+        tpm.flush(session)  # a command that succeeds has ended it
         raise
     return body[6:][: int.from_bytes(body[4:6], "big")]
 
@@ -228,18 +276,13 @@ def check_chain(der, issuers):
 
 def enroll_key(reference, place, issuers):
     """Reference values with the attestation key of a TPM, and the root. EnrollError."""
-    device = open_tpm(place)
     try:
-        muenclave.tpm_command(device, TPM_CC_SELF_TEST, b"", b"\x01")
-        key, public = attestation_key(device)
-        try:
-            root = endorse(device, key, public, issuers) if issuers else "fixture"
-        finally:
-            flush(device, key)
+        with Tpm(place) as tpm:
+            tpm.command(TPM_CC_SELF_TEST, b"", b"\x01")
+            with attestation_key(tpm) as (key, public):
+                root = endorse(tpm, key, public, issuers) if issuers else "fixture"
     except OSError as error:
         raise EnrollError(f"{place}: {error}") from None
-    finally:
-        os.close(device)
     known = reference.get("attestation_key", public.hex())
     if known != public.hex():
         text = "the file holds another TPM's attestation_key; take it out first, and its pcrs"
@@ -247,46 +290,53 @@ def enroll_key(reference, place, issuers):
     return reference | {"kind": "tpm2", "root": root, "attestation_key": public.hex()}
 
 
-def endorse(device, key, public, issuers):
+def endorse(tpm, key, public, issuers):
     """The root of an attestation key in a TPM whose EK is certified. EnrollError, OSError."""
-    der = read_certificate(device)
+    der = read_certificate(tpm)
     if der is None:
         raise EnrollError("the TPM holds no certificate of an RSA-2048 EK; leave out --issuer")
-    endorsement, ek_public = muenclave.create_primary(device, EK_TEMPLATE + mp.tpm2b(bytes(256)))
-    try:
+    with tpm.primary(EK_TEMPLATE + mp.tpm2b(bytes(MODULUS))) as (endorsement, ek_public):
         root = check_certificate(der, ek_public[-MODULUS:], issuers)
         secret, name = secrets.token_bytes(32), muproxy.tpm_name(public)
         credential = make_credential(ek_public[-MODULUS:], name, secret)
-        answer = activate_credential(device, key, endorsement, credential)
-    finally:
-        flush(device, endorsement)
+        answer = activate_credential(tpm, key, endorsement, credential)
     if not hmac.compare_digest(answer, secret):
         raise EnrollError("the TPM does not hold both the EK and the attestation key")
     return root
 
 
 def enroll_pcrs(reference, place):
-    """Reference values with the PCRs of a running enclave, whose quote must else be as expected."""
+    """Reference values with the PCRs and the event log of a locked enclave. Raises EnrollError.
+
+    Its quote must be as expected, but for the PCRs that the reference values have not.
+    """
     if reference["kind"] != "tpm2" or "attestation_key" not in reference:
         raise EnrollError("the file has no attestation key yet: --tpm comes first")
-    try:
-        address = muproxy.address_of(place)
-        muproxy.Session(address, reference).close()
-        return reference
-    except muproxy.Refusal as refusal:
-        checks = refusal.checks
-    except (ValueError, mp.ProtocolError) as error:
-        raise EnrollError(f"{place}: {error}") from None
     pcrs = dict(reference.get("pcrs", {}))
     new = {f"PCR {pcr}": str(pcr) for pcr in mp.PCRS if str(pcr) not in pcrs}
-    wrong = [
-        f"{c.name}: expected {c.expected}, got {c.got}"
-        for c in checks
-        if not c.ok and c.name not in new
-    ]
-    if wrong:
-        raise EnrollError(f"{place} is not what the file says: {'; '.join(wrong)}")
-    return reference | {"pcrs": pcrs | {new[c.name]: c.got for c in checks if c.name in new}}
+    try:
+        facts = {"role": "owner", "excused": new}
+        session = muproxy.Session(muproxy.address_of(place), reference, **facts)
+        with contextlib.closing(session):
+            log = session.read_log()
+    except muproxy.Refusal as refusal:
+        wrong = (c for c in refusal.checks if not c.ok and c.name not in new)
+        text = "; ".join(f"{c.name}: expected {c.expected}, got {c.got}" for c in wrong)
+        raise EnrollError(f"{place} is not what the file says: {text}") from None
+    except (ValueError, mp.ProtocolError) as error:
+        raise EnrollError(f"{place}: {error}") from None
+    pcrs |= {new[check.name]: check.got for check in session.checks if check.name in new}
+    reference = {name: value for name, value in reference.items() if name != "event_log"}
+    return reference | {"pcrs": pcrs} | ({"event_log": log.hex()} if leads_to(log, pcrs) else {})
+
+
+def leads_to(log, pcrs):
+    """Whether an event log leads to these PCRs: else it can't explain them."""
+    try:
+        found = eventlog.replay(eventlog.parse(log))
+    except eventlog.LogError:
+        return False
+    return all(found[int(pcr)].hex() == value for pcr, value in pcrs.items())
 
 
 def main(argv=None):
@@ -306,8 +356,8 @@ def main(argv=None):
         if flags.enclave:
             reference = enroll_pcrs(reference, flags.enclave)
         text = json.dumps(reference, indent=2, sort_keys=True) + "\n"
-        muproxy.write_file(flags.reference, text.encode("ascii"))
-    except (EnrollError, muproxy.Failure) as error:
+        measure.write(pathlib.Path(flags.reference), text)
+    except (EnrollError, measure.MeasureError, muproxy.Failure) as error:
         print(f"enroll: error: {error}", file=sys.stderr)
         return 1
     digest = hashlib.sha256(bytes.fromhex(reference["attestation_key"])).hexdigest()
@@ -315,6 +365,8 @@ def main(argv=None):
     print(f"attestation key {digest}")
     print(f"root: {reference['root']} ({muproxy.ROOTS[reference['root'].partition(':')[0]]})")
     print(f"PCRs not enrolled yet: {' '.join(missing) or 'none'}")
+    if flags.enclave and "event_log" not in reference:
+        print("no event log: the enclave has none that leads to these PCRs")
     return 0
 
 

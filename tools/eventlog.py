@@ -1,19 +1,22 @@
 """Read the event log of a measured boot, and say which entry a PCR's other value comes from.
 
     eventlog.py LOG                    every event, and the PCRs that they lead to
-    eventlog.py LOG --against LOG      the first event of each PCR that differs from another boot's
-    eventlog.py LOG --reference FILE   which PCRs differ from the reference values
+    eventlog.py LOG --against LOG      the first entry of each PCR that differs from another boot's
+    eventlog.py LOG --reference FILE   the same against the boot that was enrolled in that file
+    eventlog.py LOG --attested FILE    the same for the PCRs that a quote proved: `muproxy attest`
 
-LOG is the firmware's: the guest's /sys/kernel/security/tpm0/binary_bios_measurements. It proves
-nothing by itself: it only explains PCRs that a quote has proved, and only as far as it leads to
-them. Source: TCG PC Client Platform Firmware Profile 1.05, section 10 (event logging). Standard
-library only. Exit status: 0 if nothing differs, 1 if something does or the log is malformed.
+LOG is the firmware's: the guest's /sys/kernel/security/tpm0/binary_bios_measurements, which
+`muproxy attest --log FILE` fetches. It proves nothing by itself: it only explains PCRs that a quote
+has proved, and only as far as it leads to them. Source: TCG PC Client Platform Firmware Profile
+1.05, section 10 (event logging). Standard library only. Exit status: 0 if nothing differs, 1 if
+something does or the log is malformed.
 """
 
 import argparse
 import collections
 import hashlib
 import itertools
+import json
 import pathlib
 import struct
 import sys
@@ -85,6 +88,8 @@ def parse(data):
 
     A log that goes on with zeros or ff, as a firmware's buffer does, ends there.
     """
+    if not data:
+        raise LogError("there is no event log: nothing was measured")
     reader = Reader(data)
     _, kind, _, size = (reader.integer(4), reader.integer(4), reader.take(20), reader.integer(4))
     header = reader.take(size)
@@ -147,18 +152,46 @@ def text_of(event):
 
 
 def differences(events, others):
-    """{PCR: (event, other)}: the first of each PCR that differs; None where there is none."""
+    """{PCR: (entry, event, other)}: the first of each PCR that differs; None where there is none.
+
+    entry: counted from 1, among those that the PCR was extended by.
+    """
     found = {}
     for pcr in range(PCR_COUNT):
         ours, theirs = (
             [event for event in log if event.pcr == pcr and event.type != EV_NO_ACTION]
             for log in (events, others)
         )
-        for pair in itertools.zip_longest(ours, theirs):
+        for entry, pair in enumerate(itertools.zip_longest(ours, theirs), 1):
             if pair[0] is None or pair[1] is None or pair[0].digest != pair[1].digest:
-                found[pcr] = pair
+                found[pcr] = (entry, *pair)
                 break
     return found
+
+
+def explain(events, others, pcrs):
+    """Lines that name the entries by which PCRs differ from what was expected.
+
+    others: events of the boot that was as expected, or none. pcrs: {PCR: (expected, got)} in
+    hexadecimal. What either log says counts only for PCRs that it leads to.
+    """
+    ours, theirs, first = replay(events), replay(others), differences(events, others)
+    for pcr, (expected, got) in pcrs.items():
+        if expected == got:
+            continue
+        yield f"PCR {pcr}: expected {expected}, got {got}"
+        if ours[pcr].hex() != got:
+            yield f"    the log leads to {ours[pcr].hex()}: it is another boot's, or was changed"
+        elif theirs[pcr].hex() != expected:
+            yield "    no log is known that leads to what was expected; the entries of this boot:"
+            entries = [e for e in events if e.pcr == pcr and e.type != EV_NO_ACTION]
+            yield from (f"    {at}: {describe(event)}" for at, event in enumerate(entries, 1))
+        elif pcr in first:
+            entry, event, other = first[pcr]
+            yield f"    entry {entry}: expected {describe(other) if other else 'nothing more'}"
+            yield f"    entry {entry}: got      {describe(event) if event else 'nothing more'}"
+        else:
+            yield "    the entries are the same: the locality that the boot began at differs"
 
 
 def read(path):
@@ -182,41 +215,49 @@ def show(events):
     return 0
 
 
-def show_differences(events, others):
-    """Print the first event of each PCR that differs from another boot's."""
-    found = differences(events, others)
-    for pcr, pair in found.items():
-        here, there = (describe(event) if event else "nothing more" for event in pair)
-        print(f"PCR {pcr}: expected {there}\n       got      {here}")
-    return int(bool(found))
+def attested(path):
+    """(PCRs for `explain`, hexadecimal log of the enrolled boot) from a file of attest's JSON."""
+    try:
+        facts = json.loads(pathlib.Path(path).read_text("utf-8"))
+        checks = [check for check in facts["checks"] if check["name"].startswith("PCR ")]
+        pcrs = {int(c["name"].removeprefix("PCR ")): (c["expected"], c["got"]) for c in checks}
+        return pcrs, facts.get("event_log", "")
+    except OSError as error:
+        raise LogError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise LogError(f"{path}: not what `muproxy attest --json` prints") from None
 
 
-def compare(events, reference):
-    """Print the PCRs of the reference values that the log does not lead to."""
-    pcrs = replay(events)
-    wrong = {n: v for n, v in reference.get("pcrs", {}).items() if pcrs[int(n)].hex() != v}
-    for pcr, value in wrong.items():
-        print(f"PCR {pcr}: expected {value}, the log leads to {pcrs[int(pcr)].hex()}")
-        for event in events:
-            if event.pcr == int(pcr):
-                print(f"    {describe(event)}")
-    return int(bool(wrong))
+def compare(events, flags):
+    """Print how a log differs from what the flags name. Returns the exit status."""
+    ours, log = replay(events), ""
+    if flags.attested:
+        pcrs, log = attested(flags.attested)
+    elif flags.reference:
+        reference = muproxy.read_reference(flags.reference)
+        expected, log = reference.get("pcrs", {}), reference.get("event_log", "")
+        pcrs = {int(pcr): (value, ours[int(pcr)].hex()) for pcr, value in expected.items()}
+    others = read(flags.against) if flags.against else parse(bytes.fromhex(log)) if log else []
+    if flags.against:
+        pcrs = {pcr: (value.hex(), ours[pcr].hex()) for pcr, value in replay(others).items()}
+    lines = list(explain(events, others, pcrs))
+    print(*lines, sep="\n", end="\n" if lines else "")
+    return int(bool(lines))
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="eventlog.py", description=__doc__.split("\n")[0])
     parser.add_argument("log", metavar="LOG")
-    parser.add_argument("--against", metavar="LOG", help="of a boot that was as expected")
-    parser.add_argument("--reference", metavar="FILE", help="reference values")
+    expected = parser.add_mutually_exclusive_group()
+    expected.add_argument("--against", metavar="LOG", help="of a boot that was as expected")
+    expected.add_argument("--reference", metavar="FILE", help="reference values")
+    expected.add_argument("--attested", metavar="FILE", help="what `muproxy attest --json` printed")
     flags = parser.parse_args(argv)
     try:
         events = read(flags.log)
-        if flags.against:
-            return show_differences(events, read(flags.against))
-        if flags.reference:
-            return compare(events, muproxy.read_reference(flags.reference))
-        return show(events)
+        is_compared = flags.against or flags.reference or flags.attested
+        return compare(events, flags) if is_compared else show(events)
     except (LogError, muproxy.Failure) as error:
         print(f"eventlog: error: {error}", file=sys.stderr)
         return 1
