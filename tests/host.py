@@ -22,17 +22,8 @@ def run_enroll(reference, *arguments):
 
 def enrol_key(state, reference):
     """Make a TPM, whose state stays in a folder, and enrol its attestation key."""
-    state.mkdir()
-    port, control = vm.free_port(), vm.free_port()
-    command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}"]
-    command += ["--server", f"type=tcp,port={port},disconnect"]
-    command += ["--ctrl", f"type=tcp,port={control}", "--flags", "not-need-init,startup-clear"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tpm:
-        try:
-            assert guest.wait_until(lambda: is_listening(port))
-            run_enroll(reference, "--tpm", f"127.0.0.1:{port}")
-        finally:
-            tpm.terminate()
+    with vm.tpm_device(state) as device:
+        run_enroll(reference, "--tpm", device)
 
 
 def is_listening(port):

@@ -38,24 +38,25 @@ MISSING = " ".join(name for name in PROGRAMS if shutil.which(name) is None)
 needs_programs = unittest.skipIf(MISSING, f"not installed: {MISSING}")
 DATA = hashlib.sha256(b"a transcript").digest()
 OTHER = hashlib.sha256(b"another transcript").digest()
-PASSWORD = muenclave.EMPTY_PASSWORD
+PASSWORD = mp.EMPTY_PASSWORD
 TPM_CC_PCR_EXTEND, TPM_CC_CERTIFY, TPM_CC_GET_TIME = 0x182, 0x148, 0x14C
 TPM_CC_NV_DEFINE_SPACE, TPM_CC_NV_WRITE, TPM_CC_NV_CERTIFY = 0x12A, 0x137, 0x184
 TPM_ALG_SHA1 = 0x0004
 NULL = mp.TPM_ALG_NULL.to_bytes(2, "big")
-ENDORSEMENT, OWNER = enroll.TPM_RH_ENDORSEMENT, enroll.TPM_RH_OWNER
+ENDORSEMENT, OWNER = mp.TPM_RH_ENDORSEMENT, enroll.TPM_RH_OWNER
 BIT = {"fixedTPM": 1, "fixedParent": 4, "sensitiveDataOrigin": 5, "userWithAuth": 6}
 BIT |= {"noDA": 10, "restricted": 16, "decrypt": 17, "sign": 18}
 
 
 class SoftwareTpm:
-    """A swtpm behind a pseudo-terminal. path: its device; device: our descriptor of it."""
+    """A swtpm behind a pseudo-terminal. path: its device; channel: ours to it."""
 
     def __init__(self, folder):
         self.folder = folder
         self.master, self.device = pty.openpty()
         tty.setraw(self.device)
         self.path = os.ttyname(self.device)
+        self.channel = enroll.Tpm(self.path)
         self.process = None
         self.start()
 
@@ -69,7 +70,7 @@ class SoftwareTpm:
 
     def command(self, *arguments):
         """What follows the header of a command's response."""
-        return muenclave.tpm_command(self.device, *arguments)
+        return self.channel.command(*arguments)
 
     def extend(self, pcr, digest):
         """TPM2_PCR_Extend of the SHA-256 bank."""
@@ -83,11 +84,20 @@ class SoftwareTpm:
 
     def evidence(self):
         """The guest's class on this TPM, and the reference values that fit it."""
+        values = self.values()
+        pcrs = {str(pcr): values[32 * at :][:32].hex() for at, pcr in enumerate(mp.PCRS)}
         tpm = muenclave.Tpm2({"ENCLAVE_TPM": self.path})
-        handle, public = enroll.attestation_key(self.device)
-        enroll.flush(self.device, handle)
-        pcrs = {str(pcr): tpm.read_pcr(pcr).hex() for pcr in mp.PCRS}
-        return tpm, {"attestation_key": public.hex(), "pcrs": pcrs}
+        return tpm, {"attestation_key": self.public().hex(), "pcrs": pcrs}
+
+    def public(self):
+        """The attestation key's TPMT_PUBLIC."""
+        with enroll.attestation_key(self.channel) as (_, public):
+            return public
+
+    def values(self):
+        """The values of PCRS, one behind the other."""
+        reads = [(mp.TPM_CC_PCR_READ, b"", mp.pcr_selection(pcr)) for pcr in mp.PCRS]
+        return b"".join(self.command(*read)[-32:] for read in reads)
 
     def kill(self):
         """Power off."""
@@ -97,6 +107,7 @@ class SoftwareTpm:
     def close(self):
         """Power off, and take the device away."""
         self.kill()
+        self.channel.__exit__()
         os.close(self.device)
         os.close(self.master)
 
@@ -109,11 +120,8 @@ def attest(tpm, code, handles, parameters, authorization=PASSWORD):
 
 def quote(tpm, key, selection, data=DATA, scheme=NULL):
     """A quote of another selection, with the values of PCRS behind it."""
-    values = b"".join(
-        tpm.command(muenclave.TPM_CC_PCR_READ, b"", mp.pcr_selection(pcr))[-32:] for pcr in mp.PCRS
-    )
     parameters = mp.tpm2b(data) + scheme + selection
-    return attest(tpm, muenclave.TPM_CC_QUOTE, key, parameters) + values
+    return attest(tpm, mp.TPM_CC_QUOTE, key, parameters) + tpm.values()
 
 
 def serialized(values):
@@ -135,9 +143,14 @@ def entered(context, add_cleanup):
     return value
 
 
-def failed(proof, reference, data=DATA, verifier=muproxy.Tpm2):
+def verify(proof, reference, data=DATA):
+    """The checks of a proof."""
+    return muproxy.verify_tpm2(None, data, proof, reference)
+
+
+def failed(*arguments):
     """The names of the checks that fail."""
-    return [check.name for check in verifier().verify(data, proof, reference) if not check.ok]
+    return [check.name for check in verify(*arguments) if not check.ok]
 
 
 # ---------------------------------------------------------------- a key in software
@@ -313,11 +326,11 @@ BAD_ENCODINGS = {
 
 
 class Verifier(unittest.TestCase):
-    """muproxy.Tpm2 alone: quotes that a key in software signed."""
+    """muproxy.verify_tpm2 alone: quotes that a key in software signed."""
 
     def test_good(self):
         proof, reference = forge()
-        checks = muproxy.Tpm2().verify(DATA, proof, reference)
+        checks = verify(proof, reference)
         self.assertEqual([check.name for check in checks if not check.ok], [])
         self.assertEqual(len(checks), 20)
 
@@ -330,13 +343,13 @@ class Verifier(unittest.TestCase):
         for name, what, proof, reference in cases:
             with self.subTest(check=name, case=what):
                 self.assertEqual(failed(proof, reference), [name])
-        names = {check.name for check in muproxy.Tpm2().verify(DATA, *forge())}
+        names = {check.name for check in verify(*forge())}
         self.assertEqual({case[0] for case in cases}, names | {"proof"})
 
     def test_every_mismatch_is_listed(self):
         proof, reference = forge()
         pcrs = {"0": "ab" * 32, "4": "cd" * 32, "9": "00" * 32}
-        checks = muproxy.Tpm2().verify(OTHER, proof, reference | {"pcrs": pcrs})
+        checks = verify(proof, reference | {"pcrs": pcrs}, OTHER)
         text = str(muproxy.Refusal(checks))
         got = {pcr: VALUES[32 * at :][:32].hex() for at, pcr in enumerate(mp.PCRS)}
         for pcr in mp.PCRS[:8]:
@@ -364,7 +377,7 @@ class Verifier(unittest.TestCase):
 
     def test_zeros_are_named(self):
         for values, text in ((VALUES[:-32] + b"\x01" * 32, "none"), (zeroed(3), "3 9")):
-            (check,) = (c for c in muproxy.Tpm2().verify(DATA, *forge(values)) if not c.ok)
+            (check,) = (c for c in verify(*forge(values)) if not c.ok)
             self.assertEqual(check, ("PCRs at zero", "9", text, False))
 
     def test_random_proofs(self):
@@ -392,7 +405,7 @@ class Verifier(unittest.TestCase):
 
 @needs_programs
 class Quotes(unittest.TestCase):
-    """Guest's and proxy's class on a real TPM."""
+    """The guest's evidence of a real TPM, and the proxy's checks of it."""
 
     @classmethod
     def setUpClass(cls):
@@ -401,7 +414,8 @@ class Quotes(unittest.TestCase):
         cls.addClassCleanup(cls.tpm.close)
         cls.tpm.boot()
         cls.guest, cls.reference = cls.tpm.evidence()
-        cls.key = cls.guest._key
+        key = enroll.attestation_key(cls.tpm.channel)
+        cls.key, _ = entered(key, cls.addClassCleanup)
 
     def test_good(self):
         for data in (DATA, OTHER):
@@ -468,18 +482,13 @@ class Quotes(unittest.TestCase):
                 wrong = failed(proof, self.reference)
                 self.assertEqual(wrong, ["qualifiedSigner", "signature"])
 
-    @contextlib.contextmanager
     def primary(self, form):
         """Another primary key, for a while: a TPM has few places."""
-        handle, public = muenclave.create_primary(self.tpm.device, form + bytes(2))
-        try:
-            yield handle, public
-        finally:
-            enroll.flush(self.tpm.device, handle)
+        return self.tpm.channel.primary(form + bytes(2))
 
     def test_other_attestations(self):
         """What the same key signs that is no quote."""
-        values = self.guest._pcrs
+        values = self.tpm.values()
         twice = PASSWORD + PASSWORD
         request = mp.tpm2b(DATA) + NULL
         time = attest(self.tpm, TPM_CC_GET_TIME, ENDORSEMENT + self.key, request, twice)
@@ -632,7 +641,7 @@ class FakeTpm:
     def serve(self):
         """Answer until it is closed."""
         while self.is_open:
-            if muenclave.is_readable(self.master, 0.02):
+            if muproxy.is_readable(self.master, 0.02):
                 os.write(self.master, self.answer(os.read(self.master, 4096)))
 
     def close(self):
@@ -644,67 +653,51 @@ class FakeTpm:
 
 
 class Garbage(unittest.TestCase):
-    """The guest's class before a TPM that answers anything: one kind of error, or refused bytes."""
+    """Before a TPM that answers anything: one kind of error, or refused bytes."""
 
-    def setUp(self):
-        entered(mock.patch.object(muenclave, "TPM_SECONDS", 0.05), self.addCleanup)
-
-    def start(self, answer):
-        """The guest's class, or None if it did not start; the error is one line."""
+    def fake(self, answer):
+        """The path of a FakeTpm."""
         tpm = FakeTpm(answer)
         self.addCleanup(tpm.close)
-        try:
-            return muenclave.Tpm2({"ENCLAVE_TPM": tpm.path})
-        except muenclave.StartError as error:
-            self.assertNotIn("\n", str(error))
-            self.assertIn(tpm.path, str(error))
-            return None
+        return tpm.path
 
-    def test_responses(self):
-        header = struct.Struct(">HII")
-        for response, is_taken in (
-            (header.pack(0x8001, 10, 0), True),
-            (header.pack(0x8001, 14, 0) + bytes(4), True),
-            (header.pack(0x8001, 10, 0x101), False),  # TPM_RC_FAILURE
-            (header.pack(0x8001, 10, 0xFFFFFFFF), False),
-            (header.pack(0x8001, 9, 0), False),
-            (header.pack(0x8001, 0, 0), False),
-            (header.pack(0x8001, 11, 0), False),
-            (header.pack(0x8001, 10, 0) + b"\0", False),
-            (header.pack(0x8001, 0xFFFFFFFF, 0) + bytes(100), False),
-            (header.pack(0x8001, 10, 0)[:9], False),
-            (b"\0", False),
-        ):
-            ours, theirs = socket.socketpair()
-            with ours, theirs, self.subTest(response=response.hex()):
-                theirs.send(response)
-                if is_taken:
-                    body = muenclave.tpm_command(ours.fileno(), 0x17B)
-                    self.assertEqual(body, response[10:])
-                    continue
-                with self.assertRaises(OSError):
-                    muenclave.tpm_command(ours.fileno(), 0x17B)
+    def pair(self):
+        """A channel of tools/enroll.py, and the end where a TPM would be."""
+        folder = entered(tempfile.TemporaryDirectory(), self.addCleanup)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/tpm")
+            listener.listen()
+            channel = entered(enroll.Tpm(f"{folder}/tpm"), self.addCleanup)
+            theirs = listener.accept()[0]
+        self.addCleanup(theirs.close)
+        return channel, theirs
 
     def test_a_response_in_pieces(self):
-        ours, theirs = socket.socketpair()
-        with ours, theirs, mock.patch.object(muenclave, "TPM_SECONDS", 10):
-            response = struct.pack(">HII", 0x8001, 30, 0) + bytes(range(20))
+        channel, theirs = self.pair()
+        response = struct.pack(">HII", 0x8001, 30, 0) + bytes(range(20))
 
-            def send():
-                for at in range(0, 30, 7):
-                    theirs.send(response[at : at + 7])
+        def send():
+            for at in range(0, 30, 7):
+                theirs.send(response[at : at + 7])
 
-            thread = threading.Thread(target=send)
-            thread.start()
-            self.assertEqual(muenclave.tpm_command(ours.fileno(), 0x17B), bytes(range(20)))
-            thread.join()
+        thread = threading.Thread(target=send)
+        thread.start()
+        self.assertEqual(channel.command(0x17B), bytes(range(20)))
+        thread.join()
+        self.assertEqual(theirs.recv(100), struct.pack(">HII", 0x8001, 10, 0x17B))
 
     def test_an_end_is_an_error(self):
-        ours, theirs = socket.socketpair()
-        with ours:
-            theirs.close()
-            with self.assertRaises(OSError):
-                muenclave.tpm_command(ours.fileno(), 0x17B)
+        channel, theirs = self.pair()
+        theirs.send(b"\x80\x01\0\0")
+        theirs.shutdown(socket.SHUT_WR)
+        with self.assertRaisesRegex(OSError, "does not answer"):
+            channel.command(0x17B)
+
+    @mock.patch.object(enroll, "TPM_SECONDS", 0.05)
+    def test_never_answers(self):
+        channel, _ = self.pair()
+        with self.assertRaisesRegex(OSError, "does not answer"):
+            channel.command(0x17B)
 
     def test_random_answers(self):
         rng = random.Random(3)
@@ -713,26 +706,22 @@ class Garbage(unittest.TestCase):
 
             def answer(command, kind=number % 3):
                 body = rng.randbytes(rng.choice((0, 1, 8, 100, 600)))
-                size = 10 + len(body) + (kind == 1) * rng.randrange(-5, 5)
+                size = 10 + len(body) - (kind == 1) * rng.randrange(1, 6)
                 status = (kind == 2) * rng.getrandbits(1)
                 return struct.pack(">HII", 0x8002, size, status) + body
 
-            guest = self.start(answer)
-            started += guest is not None
-            for _ in range(3 if guest else 0):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                guest = muenclave.Tpm2({"ENCLAVE_TPM": self.fake(answer)})
+                started += 1
+                for _ in range(3):
                     proof = guest.produce("user", DATA)
                     self.assertTrue(failed(proof, forge()[1]))
         self.assertGreater(started, 10)
 
-    def test_never_answers(self):
-        self.assertIsNone(self.start(lambda command: b""))
-
     def test_no_tpm(self):
         for path in ("/nonexistent/tpm0", "/dev/null", "/", "/dev/zero"):
-            with self.assertRaises(muenclave.StartError) as caught:
+            with self.assertRaises(OSError):
                 muenclave.Tpm2({"ENCLAVE_TPM": path})
-            self.assertIn(path, str(caught.exception))
 
 
 @needs_programs
@@ -790,7 +779,7 @@ class Enclave(unittest.TestCase):
         self.assertEqual((self.reference["kind"], self.reference["root"]), ("tpm2", "fixture"))
         self.assertEqual(set(self.reference["pcrs"]), set(map(str, mp.PCRS)))
         self.assertEqual(self.reference["pcrs"]["9"], "00" * 32)
-        self.assertEqual(self.enrolled.stdout.splitlines()[-1], "PCRs not enrolled yet: none")
+        self.assertIn("\nPCRs not enrolled yet: none\n", self.enrolled.stdout)
 
     def test_attest(self):
         done = support.proxy("attest", *self.flags(), "--json")
@@ -817,6 +806,28 @@ class Enclave(unittest.TestCase):
                 "FAILED withdrawn: expected no, got yes",
             ],
         )
+
+    def test_rollback(self):
+        """An old image: refused by the new values, by its PCR 4, whatever it says of itself; and by
+        its own, once they name themselves as withdrawn.
+        """
+        old, got = self.reference["measurement"], self.reference["pcrs"]["4"]
+        pcrs = self.reference["pcrs"] | {"4": "ab" * 32}
+        for values, wrong in (
+            ({"pcrs": pcrs, "measurement": "00" * 32, "withdrawn": [old]}, "withdrawn"),
+            ({"pcrs": pcrs}, f"PCR 4: expected {'ab' * 32}, got {got}"),  # it says what is wanted
+            ({"withdrawn": [old]}, "withdrawn: expected no, got yes"),
+        ):
+            with self.assertRaises(muproxy.Refusal) as caught:
+                self.enclave.session("owner", reference=self.reference | values)
+            self.assertIn(wrong, str(caught.exception))
+        own = ["--key", self.site.key, "--model", self.site.model, "--token-file", self.site.token]
+        flags = [*self.flags(withdrawn=[old]), *own, "--budget", 10**6, "--development"]
+        done = support.proxy("unlock", *flags)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("withdrawn: expected no, got yes", done.stderr)
+        with contextlib.closing(self.enclave.session()) as session:
+            self.assertEqual(session.measurement["status"], "locked")
 
     def test_refused_by_the_library(self):
         public = public_area(software_key()[0]).hex()
@@ -891,12 +902,15 @@ class Enclave(unittest.TestCase):
         os.write(tpm.master, answer)
 
     def test_start_without_a_tpm(self):
-        command = [sys.executable, "-B", support.ROOT / "muenclave.py", "--port", "0"]
+        command = [sys.executable, "-B", support.TOOLS / "enclave.py", "--port", "0"]
         command += ["--evidence", "tpm2", "--model", self.site.model]
-        for path in ("/nonexistent/tpm0", "/dev/null"):
+        for path, words in (
+            ("/nonexistent/tpm0", "No such file or directory: '/nonexistent/tpm0'"),
+            ("/dev/null", "the TPM has gone"),
+        ):
             done = subprocess.run([*command, "--tpm", path], capture_output=True, text=True)
-            self.assertEqual(done.returncode, 1)
-            line = rf"\Amuenclave: error: ENCLAVE_TPM: [^\n]*{path}[^\n]*\n\Z"
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            line = rf"\Amuenclave: error: [^\n]*{words}\nmuenclave: stopped\n\Z"
             self.assertRegex(done.stderr, line)
 
 
@@ -982,12 +996,12 @@ class Enroll(unittest.TestCase):
         self.file = self.folder / "reference.json"
         facts = {"version": 1, "kind": "psk", "root": "psk", "withdrawn": ["cd" * 32]}
         self.write(facts | {"measurement": "ab" * 32})
-        handle, public = self.primary(enroll.EK_TEMPLATE + mp.tpm2b(bytes(256)))
-        enroll.flush(self.tpm.device, handle)
-        self.modulus = public[-256:]
+        with self.endorsement() as (_, public):
+            self.modulus = public[-256:]
 
-    def primary(self, template):
-        return muenclave.create_primary(self.tpm.device, template)
+    def endorsement(self):
+        """(handle, TPMT_PUBLIC) of the EK, for a while."""
+        return self.tpm.channel.primary(enroll.EK_TEMPLATE + mp.tpm2b(bytes(256)))
 
     def write(self, reference):
         self.file.write_text(json.dumps(reference))
@@ -1022,9 +1036,7 @@ class Enroll(unittest.TestCase):
         values = json.loads(self.file.read_text())
         self.assertEqual((values["kind"], values["root"]), ("tpm2", "fixture"))
         self.assertEqual((values["measurement"], values["withdrawn"]), ("ab" * 32, ["cd" * 32]))
-        handle, public = enroll.attestation_key(self.tpm.device)
-        enroll.flush(self.tpm.device, handle)
-        self.assertEqual(values["attestation_key"], public.hex())
+        self.assertEqual(values["attestation_key"], self.tpm.public().hex())
         self.assertIn("root: fixture (a software TPM", done.stdout)
         self.assertIn("PCRs not enrolled yet: 0 1 2 3 4 5 6 7 9\n", done.stdout)
 
@@ -1110,47 +1122,45 @@ class Enroll(unittest.TestCase):
 
     def test_credential_for_another_key(self):
         """A TPM opens a credential for a key that it holds, and for no other."""
-        key, public = enroll.attestation_key(self.tpm.device)
-        endorsement, _ = self.primary(enroll.EK_TEMPLATE + mp.tpm2b(bytes(256)))
         secret, modulus = os.urandom(32), software_key()[0].to_bytes(256, "big")
         other = muproxy.tpm_name(public_area(software_key()[0]))
-        name, device = muproxy.tpm_name(public), self.tpm.device
-        good = enroll.make_credential(self.modulus, name, secret)
-        got = enroll.activate_credential(device, key, endorsement, good)
-        self.assertEqual(got, secret)
-        for _ in range(5):  # and no session is left behind
-            for what, bad in (
-                ("another key", enroll.make_credential(self.modulus, other, secret)),
-                ("another EK", enroll.make_credential(modulus, name, secret)),
-                ("changed", good[:40] + bytes([good[40] ^ 1]) + good[41:]),
-            ):
-                with self.subTest(what), self.assertRaises(OSError):
-                    enroll.activate_credential(device, key, endorsement, bad)
+        with enroll.attestation_key(self.tpm.channel) as (key, public):
+            with self.endorsement() as (endorsement, _):
+                name, facts = muproxy.tpm_name(public), (self.tpm.channel, key, endorsement)
+                good = enroll.make_credential(self.modulus, name, secret)
+                self.assertEqual(enroll.activate_credential(*facts, good), secret)
+                for _ in range(5):  # and no session is left behind
+                    for what, bad in (
+                        ("another key", enroll.make_credential(self.modulus, other, secret)),
+                        ("another EK", enroll.make_credential(modulus, name, secret)),
+                        ("changed", good[:40] + bytes([good[40] ^ 1]) + good[41:]),
+                    ):
+                        with self.subTest(what), self.assertRaises(OSError):
+                            enroll.activate_credential(*facts, bad)
 
-    def test_over_tcp(self):
+    def test_over_sockets(self):
         """A command channel from elsewhere, as the owner's station would use it."""
+        public = self.tpm.public().hex()
         self.tpm.kill()
-        ports = []
-        for _ in range(2):
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                ports.append(server.getsockname()[1])
-        command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.tpm.folder}"]
-        command += ["--flags", "startup-clear", "--server", f"type=tcp,port={ports[0]}"]
-        command += ["--ctrl", f"type=tcp,port={ports[1]}"]
-        with subprocess.Popen(command) as process:
-            try:
-                for _ in range(100):
-                    done = enroll_command(self.file, "--tpm", f"127.0.0.1:{ports[0]}")
-                    if "refused" not in done.stderr:
-                        break
-            finally:
-                process.kill()
-        self.assertEqual(done.returncode, 0, done.stderr)
-        key = json.loads(self.file.read_text())["attestation_key"]
-        self.tpm.start()
-        handle, public = enroll.attestation_key(self.tpm.device)
-        enroll.flush(self.tpm.device, handle)
-        self.assertEqual(key, public.hex())
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        path, control = self.folder / "socket", f"type=unixio,path={self.folder / 'control'}"
+        for place, server in (
+            (f"127.0.0.1:{port}", f"type=tcp,port={port}"),
+            (path, f"type=unixio,path={path}"),
+        ):
+            command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.tpm.folder}"]
+            command += ["--flags", "startup-clear", "--server", server, "--ctrl", control]
+            with self.subTest(place=place), subprocess.Popen(command) as process:
+                try:
+                    for _ in range(100):
+                        done = enroll_command(self.file, "--tpm", place)
+                        if "can't reach" not in done.stderr:
+                            break
+                finally:
+                    process.kill()
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(json.loads(self.file.read_text())["attestation_key"], public)
 
     def test_another_tpm(self):
         values = json.loads(self.file.read_text())
@@ -1166,7 +1176,8 @@ class Enroll(unittest.TestCase):
             (("--tpm", "/nonexistent/tpm0"), "can't reach a TPM"),
             (("--tpm", f"127.0.0.1:{port}"), "can't reach a TPM"),
             (("--tpm", "nowhere"), "can't reach a TPM"),
-            (("--tpm", "/dev/null"), "the TPM answers"),
+            (("--tpm", "/dev/null"), "the TPM does not answer"),
+            (("--tpm", "/dev/zero"), "the TPM answers 0000"),
             (("--enclave", f"127.0.0.1:{port}"), "--tpm comes first"),
         ):
             done = enroll_command(self.file, *flags)
