@@ -196,11 +196,15 @@ class Outside(unittest.TestCase):
     def setUpClass(cls):
         cls.cable = network.Cable()
         cls.addClassCleanup(cls.cable.close)
-        change = lambda command: [cls.cable.options if "user,id=net" in w else w for w in command]  # noqa: E731
-        cls.host = booted(folder / "image", change)
+        cls.host = booted(folder / "image", cls.plugged_in)
         cls.addClassCleanup(cls.host.end)
         cls.host.start()
         cls.host.wait_for("muenclave: locked")
+
+    @classmethod
+    def plugged_in(cls, command):
+        """QEMU's command line, with our cable in the place of its own network."""
+        return [cls.cable.options if "user,id=net" in word else word for word in command]
 
     def test_one_port_answers(self):
         self.assertIsNone(self.cable.receive(2))  # it says nothing before it is asked

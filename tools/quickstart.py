@@ -123,7 +123,8 @@ def prepare(steps, python, secrets):
     is_new = not (DEMO / "config.json").exists()
     steps.next(f"Demo model: {'training one, about a minute' if is_new else 'cached'} ({DEMO})")
     run(python, TOOLS / "demo_model.py", DEMO, failure="can't train the demo model")
-    if is_older(SEALED, DEMO) or not (KEY.exists() and VOCABULARY.exists()):
+    sources = [*DEMO.iterdir(), TOOLS / "seal.py", TOOLS / "prompting.py"]
+    if is_older(SEALED, sources) or not (KEY.exists() and VOCABULARY.exists()):
         steps.next(f"Sealing it into {SEALED}; the weights key goes to {KEY}")
         seal = (TOOLS / "seal.py", DEMO, SEALED, "--key", KEY, "--asset", ASSET)
         run(python, *seal, failure="can't seal the model")
@@ -136,9 +137,9 @@ def prepare(steps, python, secrets):
             run(python, "-m", "muproxy", "keygen", kind, path, failure=f"can't make {path}")
 
 
-def is_older(path, folder):
-    """Whether a file is missing, or older than something in this folder."""
-    newest = max(file.stat().st_mtime_ns for file in folder.iterdir())
+def is_older(path, sources):
+    """Whether a file is missing, or older than one of these."""
+    newest = max(file.stat().st_mtime_ns for file in sources)
     return not path.exists() or path.stat().st_mtime_ns < newest
 
 
