@@ -5,6 +5,7 @@ The guests of a pair boot side by side, since each takes a while.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-from tests import guest, host, network, support
+from tests import guest, host, network, support, test_proxy
 from tests.guest import image, vm
 
 import kernel  # noqa: E402  isort: skip
@@ -73,12 +74,11 @@ def evil_archive():
 
 
 def one_byte_of_the_image():
-    """A byte that nothing depends on: of the text for machines that can't boot it."""
+    """A byte that nothing depends on: of the text that tells the kernel's version."""
     changed = folder / "one byte"
     changed.mkdir()
     program = bytearray((folder / "image" / "muenclave.efi").read_bytes())
-    at = program.index(b"Use a boot loader")
-    program[at] ^= 1
+    program[program.index(b" (muenclave@muenclave) ") + 2] ^= 1
     (changed / "muenclave.efi").write_bytes(program)
     image.write_esp(changed / "muenclave.efi", changed / "esp.img")
     return booted(changed)
@@ -112,8 +112,10 @@ def another_kernel():
 
 def an_initrd_beside():
     """-kernel and -initrd: the firmware starts the same unified image, with an initrd of ours."""
-    program, archive = folder / "image" / "muenclave.efi", evil_archive()
-    return booted(folder / "image", lambda c: [*c, "-kernel", program, "-initrd", archive])
+    beside = ["-kernel", folder / "image" / "muenclave.efi", "-initrd", evil_archive()]
+    return booted(
+        folder / "image", lambda command: [*replaced(command, ",bootindex=0", ""), *beside]
+    )
 
 
 def an_initrd_by_a_boot_variable():
@@ -152,15 +154,24 @@ def another_shape():
     return booted(folder / "image", memory=1536)
 
 
-CHANGES = {  # what differs: what it makes fail, beside what follows from it in every boot
-    one_byte_of_the_image: set(),
-    another_command_line: set(),
-    another_kernel: set(),
+def another_tpm():
+    """The same image on a machine of the host's own."""
+    place = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    shutil.copy(folder / "image" / "reference.json", place)
+    host.enrol_key(place / "tpm", place / "reference.json")
+    return booted(folder / "image", tpm=place / "tpm")
+
+
+OTHER_IMAGE = {"PCR 4", "measurement"}
+CHANGES = {  # one change to a boot: the checks that fail
+    one_byte_of_the_image: {"PCR 4"},
+    another_command_line: OTHER_IMAGE,
+    another_kernel: OTHER_IMAGE,
     an_initrd_beside: set(),
-    an_initrd_by_a_boot_variable: set(),
-    an_option_rom: set(),
-    another_firmware: set(),
-    another_shape: set(),
+    an_initrd_by_a_boot_variable: {"PCR 9", "PCRs at zero"},
+    an_option_rom: {"PCR 2"},
+    another_firmware: {"PCR 0"},
+    another_shape: {"PCR 0"},
 }
 
 
@@ -187,6 +198,50 @@ class Boots(unittest.TestCase):
             with self.subTest(change.__name__):
                 failed, status = self.outcomes[change].result()
                 self.assertEqual((failed, status), (expected, 1))
+
+
+class Quotes(unittest.TestCase):
+    """A genuine quote counts for its own session, its own machine and the present image alone."""
+
+    def failed(self, port, **changes):
+        """The names of the checks that fail, by reference values with these changes."""
+        path = folder / "changed.json"
+        path.write_text(json.dumps(json.loads(site.reference.read_text()) | changes))
+        failed, status = host.attest(port, path)
+        self.assertEqual(status, 1)
+        return set(failed)
+
+    def test_replayed(self):
+        """What the enclave said in one session, said again in another."""
+        said = []
+
+        def edit(side, number, payload):
+            if side == "h":
+                return [payload]
+            said.append(payload)
+            return [said[number]]
+
+        for expected in (set(), {"extraData", "signature"}):
+            with test_proxy.Middle(edit, ("127.0.0.1", base.port)) as middle:
+                failed, _ = host.attest(middle.address[1], site.reference)
+                self.assertEqual(set(failed), expected)
+
+    def test_relayed_to_another_machine(self):
+        """Both machines are real and run our image; the proof of one does not do for the other."""
+        with another_tpm() as other:
+            other.wait_for("muenclave: locked")
+            with test_proxy.Middle(target=("127.0.0.1", other.port)) as middle:
+                expected = {"qualifiedSigner", "signature"}
+                self.assertEqual(self.failed(middle.address[1]), expected)
+
+    def test_an_old_image(self):
+        """Its own values are withdrawn; those of the image that took its place are others."""
+        values = json.loads(site.reference.read_text())
+        self.assertEqual(self.failed(base.port, withdrawn=[values["measurement"]]), {"withdrawn"})
+        later = json.loads((folder / "another command line" / "reference.json").read_text())
+        pcrs = values["pcrs"] | {"4": later["pcrs"]["4"]}
+        changes = {"measurement": later["measurement"], "pcrs": pcrs}
+        self.assertEqual(self.failed(base.port, **changes), OTHER_IMAGE)
 
 
 class Outside(unittest.TestCase):
