@@ -1162,6 +1162,17 @@ class Enroll(unittest.TestCase):
                 self.assertEqual(done.returncode, 0, done.stderr)
                 self.assertEqual(json.loads(self.file.read_text())["attestation_key"], public)
 
+    def test_measuring_does_not_undo_it(self):
+        self.assertEqual(self.enroll().returncode, 0)
+        before = self.file.read_bytes()
+        for more in ((), ("--manifest",)):
+            command = [sys.executable, "-B", support.TOOLS / "measure.py", "--output", self.file]
+            done = subprocess.run([*command, *more], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            line = r"\Ameasure: error: [^\n]+ of kind tpm2, [^\n]+: give another --output\n\Z"
+            self.assertRegex(done.stderr, line)
+            self.assertEqual(self.file.read_bytes(), before)
+
     def test_another_tpm(self):
         values = json.loads(self.file.read_text())
         self.write(values | {"attestation_key": public_area(software_key()[0]).hex()})

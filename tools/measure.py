@@ -105,6 +105,17 @@ def read_withdrawn(path):
         raise MeasureError(f"{path}: there is a file that holds no reference values") from None
 
 
+def check_output(path):
+    """Refuse to replace values that prove more than psk, and what was enrolled. MeasureError."""
+    try:
+        kind = json.loads(path.read_text("utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if kind in ("tpm2", "tsm"):
+        text = f"{path} holds reference values of kind {kind}, which measuring would make psk"
+        raise MeasureError(f"{text}: give another --output")
+
+
 def write(path, text):
     """Replace a file whole or not at all."""
     try:
@@ -131,6 +142,8 @@ def main(argv=None):
     if not flags.root and (flags.kernel is not None or flags.command_line is not None):
         parser.error("--kernel and --command-line need --root")
     try:
+        if flags.output:
+            check_output(flags.output)
         if flags.root:
             manifest = root_manifest(flags.root, flags.kernel, flags.command_line)
         else:
