@@ -1363,6 +1363,27 @@ class Losses(Case):
         self.addCleanup(server.server_close)
         self.assertIn("muproxy_engine_restarts 1\n", server.metrics())
 
+    def test_stream_that_has_begun_ends_with_the_error(self):
+        extra = self.enclave()
+        extra.unlock()
+        pool = muproxy.Pool(lambda: open_session(extra.address))
+        server = muproxy.Server(("127.0.0.1", 0), pool, free_inlet(), vocabulary())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for end in (pool.close, server.server_close, server.shutdown):
+            self.addCleanup(end)
+        body = {"model": "demo", "prompt": "The", "max_tokens": 900, "stream": True} | LONG
+        head = {"Authorization": f"Bearer {token()}", "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body), head)
+            reply = connection.getresponse()
+            events = [reply.readline().decode()]
+            os.kill(extra.pids()["engine"], signal.SIGKILL)
+            events += filter(str.strip, reply.read().decode().splitlines())
+        last = json.loads(events[-1].removeprefix("data: "))
+        self.assertEqual(last["error"]["code"], "engine_lost")
+        self.assertTrue(all(json.loads(event[6:])["choices"] for event in events[:-1]))
+
 
 class CommandLine(Case):
     """The verbs, their exit statuses, and one line for every mistake."""
