@@ -3,8 +3,9 @@ reference values, evidence, the outer meter, a session, the pool of sessions, th
 chat, the owner's commands, the command line.
 
 On the host it sees prompts and answers, never the weights key or the weights; what it has not
-verified, it does not talk to. On the owner's station it holds the weights key until the evidence
-has been verified and the key is sealed for the enclave that gave it.
+verified, it does not talk to; `attest --log` alone asks a guest that booted otherwise for its event
+log. On the owner's station it holds the weights key until the evidence has been verified and the
+key is sealed for the enclave that gave it.
 
     enclave -- outer meter -- evidence -- session -- pool -- HTTP API, chat, batch
                          `--- relay (ciphertext only: an owner's unlock passes unseen)
@@ -1221,7 +1222,9 @@ def read_prompts(path):
 
 def run_chat(options):
     """`chat`: talk, or answer a file of prompts."""
-    token = given_token(options)
+    token = options.token_file[-1] if options.token_file else os.environ.get("MUENCLAVE_TOKEN", "")
+    if not re.fullmatch(TOKEN_FORM, token):
+        raise Failure("an access token is needed: --token-file FILE, or MUENCLAVE_TOKEN")
     pool = Pool(connector(options), 1, on_progress=show_progress)
     with contextlib.closing(pool):
         if options.prompts_file is not None:
@@ -1463,14 +1466,6 @@ def connector(options, **wanted):
     wanted |= {"allow_unconfined": options.allow_unconfined}
     address = (options.host, options.port)
     return lambda: Session(address, options.reference, options.psk, role, options.inlet, **wanted)
-
-
-def given_token(options):
-    """The access token, from a file or the environment. Raises Failure."""
-    token = options.token_file[-1] if options.token_file else os.environ.get("MUENCLAVE_TOKEN", "")
-    if not re.fullmatch(TOKEN_FORM, token):
-        raise Failure("an access token is needed: --token-file FILE, or MUENCLAVE_TOKEN")
-    return token
 
 
 def prepare(options):
