@@ -26,6 +26,8 @@ GUEST_LINE = "|".join(f"muenclave: {line}(?: [0-9]+)?" for line in (*muenclave.L
 CONSOLE = re.compile(rf"\A(?:{FIRMWARE_LINE}|{GUEST_LINE})\Z")
 SECONDS = 300  # that a boot may take under TCG on a busy machine
 MISSING = environment.missing_packages(image.PROGRAMS | vm.PROGRAMS)
+# Flags of the product's image, as several tests have it: torch's disk is not what they look at.
+PRODUCT = ("--no-extras", "--microvm")
 CONFIG = """MODEL_PATH=/dev/vda
 ENCLAVE_BIND=0.0.0.0
 ENCLAVE_CONFINEMENT=full
@@ -49,9 +51,14 @@ def overlay(folder, site, **files):
 
 
 def build(output, *flags):
-    """Run tools/image.py image; the cache makes the second time quick. Returns the folder."""
+    """Run tools/image.py image; the cache makes the second time quick. Returns the folder.
+
+    An image with an overlay is of this run alone: the user's cache does not keep it.
+    """
     command = [sys.executable, support.TOOLS / "image.py", "image", "--output", output, *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    shared = ("packages", "linux-*", "kernel-*", "extras-*", "lock")
+    with another_cache(*shared) if "--overlay" in flags else contextlib.nullcontext() as cache:
+        done = subprocess.run(list(map(str, command)), env=cache, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -311,7 +312,7 @@ class Reproducible(unittest.TestCase):
     """Two builds, in two places, are the same bits."""
 
     def test_image(self):
-        flags = ["image", "--no-extras", "--output"]
+        flags = ["image", *guest.PRODUCT, "--output"]
         with tempfile.TemporaryDirectory() as folder:
             one, two = pathlib.Path(folder, "one"), pathlib.Path(folder, "a/longer/path")
             done = subprocess.run([*IMAGE, *flags, one], capture_output=True)
@@ -319,8 +320,9 @@ class Reproducible(unittest.TestCase):
             with guest.another_cache("packages", "linux-*", "kernel-*") as environment:
                 done = subprocess.run([*IMAGE, *flags, two], env=environment, capture_output=True)
                 self.assertEqual(done.returncode, 0, done.stderr)
-            for name in ("muenclave.efi", "esp.img", "reference.json", "manifest.json"):
+            for name in sorted(path.name for path in one.iterdir()):
                 self.assertEqual(image.sha256(one / name), image.sha256(two / name), name)
+            self.assertEqual(sorted(os.listdir(one)), sorted(os.listdir(two)))
             self.check(one)
 
     def check(self, folder):
@@ -330,6 +332,9 @@ class Reproducible(unittest.TestCase):
         self.assertEqual(values["pcrs"]["4"], pcr.predict(program)[4].hex())
         self.assertEqual(values["pcrs"]["9"], "00" * 32)
         self.assertEqual(values["image"]["bytes"], len(program))
+        manifest = (folder / "manifest.json").read_bytes()
+        self.assertEqual(values["measurement"], hashlib.sha256(manifest).hexdigest())
+        self.assertEqual(json.loads(manifest)["command_line"], values["image"]["command_line"])
         self.assertGreater(values["image"]["compiled"]["lines"], 500_000)
         command = ["mcopy", "-i", folder / "esp.img", f"::{image.BOOT_FILE}", "-"]
         on_disk = subprocess.run(command, check=True, capture_output=True).stdout

@@ -243,7 +243,7 @@ class Boot(unittest.TestCase):
             "probe_port": str(port).encode(),
         }
         overlay = guest.overlay(cls.folder / "overlay", cls.site, **files)
-        cls.image = guest.build(cls.folder / "image", "--no-extras", "--overlay", overlay)
+        cls.image = guest.build(cls.folder / "image", *guest.PRODUCT, "--overlay", overlay)
         cls.values = json.loads((cls.image / "reference.json").read_text())
         changed = {key: value for key, value in cls.values.items() if key != "pcrs"}
         cls.site.reference = cls.folder / "psk.json"
@@ -342,6 +342,18 @@ class Boot(unittest.TestCase):
             if not line.startswith(("vm: ", "probe: ")):
                 self.assertRegex(line, guest.CONSOLE)
 
+    def test_a_microvm_measures_nothing_and_nobody_says_that_it_does(self):
+        with guest.Guest(self.image, self.site.model, "--microvm") as running:
+            port = running.listen()
+            self.assertIn("vm: nothing is measured in a microvm", "\n".join(running.lines))
+            self.assertEqual(set(running.children()), {"qemu-system-x86"})
+            where = ["--port", port, "--psk", self.site.user_psk, "--reference"]
+            done = support.proxy("attest", *where, self.site.reference)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            self.assertIn("root: psk (a shared secret: it says who answers, not", done.stdout)
+            done = support.proxy("attest", *where, self.image / "reference.json")
+            self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+
     def test_no_disk_has_changed(self):
         self.assertEqual([image.sha256(path) for path in self.disks], self.before)
 
@@ -353,12 +365,10 @@ class Ending(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = pathlib.Path(guest.enter(cls, tempfile.TemporaryDirectory()))
-        cls.site = support.make_site(cls.folder)
-        overlay = guest.overlay(cls.folder / "overlay", cls.site)
-        cls.image = guest.build(cls.folder / "image", "--no-extras", "--overlay", overlay)
+        cls.image = guest.build(cls.folder / "image", *guest.PRODUCT)
 
     def start(self):
-        running = guest.Guest(self.image, self.site.model)
+        running = guest.Guest(self.image, support.sealed_demo().model)
         self.addCleanup(running.__exit__)
         self.assertTrue(guest.wait_until(lambda: len(running.children()) == 2))
         return running, running.children()
@@ -391,12 +401,18 @@ class Ending(unittest.TestCase):
         running.process.kill()
         self.check_ended(running, children)
 
+    def test_a_microvm_can_t_prove_what_the_product_has_to(self):
+        with guest.Guest(self.image, support.sealed_demo().model, "--microvm") as running:
+            self.assertIn("/dev/tpm0", running.wait_for("muenclave: error:"))
+            running.process.wait(guest.SECONDS)
+            self.assertEqual(running.process.returncode, 0)
+
     def test_a_broken_image_ends_the_guest(self):
         """Weights that are no sealed model: the gate says so and the guest ends by itself."""
         weights = self.folder / "zeros"
         weights.write_bytes(bytes(1 << 20))
         with guest.Guest(self.image, weights) as running:
-            running.wait_for("muenclave: error: can't use the model /dev/vda")
+            self.assertIn("not a sealed model", running.wait_for("muenclave: error:"))
             running.process.wait(guest.SECONDS)
             self.assertEqual(running.process.returncode, 0)
 

@@ -14,6 +14,7 @@ cache under names drawn from what it is made of. Needs no root. Exit status: 0 i
 """
 
 import argparse
+import configparser
 import hashlib
 import json
 import os
@@ -43,7 +44,6 @@ KERNEL_SOURCE = "linux-source-6.1"
 COMPARED_SOURCE = "linux-source-6.12"  # of the series that Buildroot builds: only its options count
 COMPARED_KERNEL = "linux-image-cloud-amd64"  # names the package of the kernel that bench.py boots
 EXTRAS_DEBIAN = ("libstdc++6", "libssl3", "libbz2-1.0", "liblzma5")
-EXTRAS_WANTED = ("torch==2.13.0", "transformers>=5,<6", "accelerate>=1.10")
 PYTHON_VERSION = "3.11"  # the guest's
 PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64")
 PLATFORMS += ("manylinux2014_x86_64", "manylinux_2_5_x86_64", "manylinux1_x86_64")
@@ -180,7 +180,15 @@ def target():
 def fetch_wheel(name, version, folder):
     """Download a wheel in this version for the guest. ToolError."""
     command = [*pip(), "download", "--quiet", "--no-deps", *target(), "--dest", folder]
-    rootfs.run(*command, f"{name}=={version}", failure=f"can't fetch {name} {version}")
+    hint = "" if "+" not in version else " (an index that has it: see PIP_EXTRA_INDEX_URL)"
+    rootfs.run(*command, f"{name}=={version}", failure=f"can't fetch {name} {version}{hint}")
+
+
+def wanted_extras():
+    """What the engine needs, as pip reads it: the package's own extra."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", "utf-8")
+    return setup["options.extras_require"]["inference"].split()
 
 
 def write_lock():
@@ -199,7 +207,7 @@ def write_lock():
             fetch_debian(name, version, place)
             (path,) = place.iterdir()
             pins[kind][name] = {"version": version, "sha256": sha256(path)}
-        for kind, wanted in (("wheels", rootfs.WHEELS), ("extras", EXTRAS_WANTED)):
+        for kind, wanted in (("wheels", rootfs.WHEELS), ("extras", wanted_extras())):
             show(f"pinning {' '.join(wanted)}")
             place = pathlib.Path(folder, kind)
             command = [*pip(), "download", "--quiet", *target(), "--dest", place, *wanted]

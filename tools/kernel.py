@@ -179,9 +179,9 @@ def watch_make(source, build, show, what):
 
 
 def compiled_lines(source, build):
-    """{"files", "lines"}: the .c and .S files that were compiled into the image, and their lines.
+    """{"files", "lines", "counted"}: the .c and .S files that were compiled, and all their lines.
 
-    From the .cmd files that Kbuild leaves beside every object.
+    By the .cmd files that Kbuild leaves beside every object; headers are not among them.
     """
     sources = set()
     for folder, _, names in os.walk(build):
@@ -199,4 +199,5 @@ def compiled_lines(source, build):
     for path in sources:
         with open(path, "rb") as file:
             lines += file.read().count(b"\n")
-    return {"files": len(sources), "lines": lines}
+    counted = "all lines of the .c and .S files that Kbuild's .cmd files name, each file once"
+    return {"files": len(sources), "lines": lines, "counted": counted}

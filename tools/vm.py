@@ -247,6 +247,8 @@ def run(flags):
         stack.callback(lambda: end(*reversed(processes)))
         if not flags.microvm:
             processes.append(start_tpm(flags.tpm_state or folder / "state", folder))
+        if flags.microvm:
+            say("nothing is measured in a microvm: it has no TPM, so its evidence can't be tpm2")
         say(f"starting the guest ({flags.accelerator}, {flags.memory} MiB, {flags.cpus} CPUs)")
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
         guest = start(command, stdin=subprocess.DEVNULL, text=True, **options)
