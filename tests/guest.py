@@ -103,6 +103,11 @@ class Guest:
             (line for line in self.lines if word in line), "(it has ended)" if ended else None
         )
 
+    def count_for(self, line, count):
+        """Whether a line is said so many times, in time."""
+        with self.news:
+            return self.news.wait_for(lambda: self.lines.count(line) >= count, SECONDS)
+
     def listen(self):
         """Wait until it listens; returns the port of 127.0.0.1."""
         self.port = int(self.wait_for("the guest listens on").rpartition(":")[2])

@@ -190,6 +190,15 @@ class Boots(unittest.TestCase):
     def setUpClass(cls):
         cls.outcomes = {change: pool.submit(outcome, change) for change in CHANGES}
 
+    def test_without_the_extras_it_is_verified_and_refuses_to_serve(self):
+        flags = ["--port", base.port, "--reference", site.reference, "--development"]
+        files = ["--key", site.key, "--model", site.model, "--token-file", site.token]
+        known = len(base.lines)
+        done = support.proxy("unlock", *flags, *files, "--budget", 10_000, timeout=guest.SECONDS)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn("the inference engine is not installed in this enclave", done.stderr)
+        base.wait_for("muenclave: locked", known)
+
     def test_unchanged(self):
         self.assertEqual(host.attest(base.port, site.reference), ({}, 0))
 

@@ -1,6 +1,7 @@
 """The guest in its VM, under QEMU: what it proves, serves, and what it keeps in; tools/vm.py."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import unittest
 
+import muprotocol as mp
 import muproxy
 from tests import guest, support
 
@@ -281,12 +283,6 @@ class Boot(unittest.TestCase):
         self.assertNotEqual(done.returncode, 0)
         self.assertIn("ab" * 32, done.stdout + done.stderr)
 
-    def test_without_torch_it_says_so(self):
-        files = ["--key", self.site.key, "--model", self.site.model, "--budget", 10_000]
-        done = self.proxy("unlock", *files, "--token-file", self.site.token, "--development")
-        self.assertEqual(done.returncode, 1, done.stdout)
-        self.assertIn("the inference engine is not installed in this enclave", done.stderr)
-
     def test_the_tpm_has_what_was_predicted(self):
         predicted = pcr.predict((self.image / "muenclave.efi").read_bytes())
         self.assertEqual(self.found["pcrs"], {str(i): v.hex() for i, v in predicted.items()})
@@ -337,10 +333,22 @@ class Boot(unittest.TestCase):
         expected = ["/usr/bin/python3.11 100755", "/usr/lib64/ld-linux-x86-64.so.2 100755"]
         self.assertEqual(self.found["executables"], expected)
 
-    def test_the_serial_port(self):
-        for line in self.vm.lines:
-            if not line.startswith(("vm: ", "probe: ")):
-                self.assertRegex(line, guest.CONSOLE)
+    def test_the_serial_port_whatever_the_engine_does(self):
+        """It is started, takes all memory or faults, and dies, twice; the guest says no more."""
+        with contextlib.closing(self.session("owner")) as session:
+            session.prove(support.unlock_token(self.site))
+        with contextlib.closing(self.session("user")) as session:
+            session.prove({"token": muproxy.read_token(self.site.token)})
+            for number, prompt in enumerate(("fault", "memory"), 1):
+                with self.assertRaises(mp.ProtocolError) as caught:
+                    list(session.generate({"prompt": prompt}))
+                self.assertEqual(caught.exception.code, "engine_lost")
+                ready = self.vm.count_for("muenclave: ready", number + 1)
+                self.assertTrue(ready, self.vm.lines)
+        said = [line for line in self.vm.lines if not line.startswith(("vm: ", "probe: "))]
+        for line in said:
+            self.assertRegex(line, guest.CONSOLE)
+        self.assertEqual(said.count("muenclave: engine lost"), 2)
 
     def test_a_microvm_measures_nothing_and_nobody_says_that_it_does(self):
         with guest.Guest(self.image, self.site.model, "--microvm") as running:
