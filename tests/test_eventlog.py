@@ -32,7 +32,7 @@ BOOT_ORDER = GUID + struct.pack("<QQ", 9, 2) + "BootOrder".encode("utf-16-le") +
 CALLING = b"Calling EFI Application from Boot Option"
 BOOT = [  # (PCR, type, data) of a small measured boot
     (0, 0x08, "1.2".encode("utf-16-le")),
-    (0, 0x80000008, bytes(16)),
+    (0, 0x80000008, struct.pack("<QQ", 0x820000, 917504)),
     (7, 0x80000001, GUID + struct.pack("<QQ", 10, 1) + "SecureBoot".encode("utf-16-le") + b"\0"),
     (1, 0x80000002, BOOT_ORDER),
     (4, 0x80000007, CALLING),
@@ -222,6 +222,9 @@ class EventLog(unittest.TestCase):
         self.assertEqual(status, 0)
         digest = hashlib.sha256(CALLING).hexdigest()
         self.assertIn(f"PCR 4: EV_EFI_ACTION {digest} {CALLING.decode()}\n", text)
+        self.assertRegex(
+            text, "PCR 0: EV_EFI_PLATFORM_FIRMWARE_BLOB .{64} at 0x820000, 917504 bytes\n"
+        )
         self.assertEqual(len(text.splitlines()), len(BOOT) + 8)
         (folder / "bad").write_bytes(b"no log")
         for path in (folder / "bad", folder / "absent"):

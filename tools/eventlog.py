@@ -58,6 +58,7 @@ TYPES = {  # 10.4.1
     0x800000E0: "EV_EFI_VARIABLE_AUTHORITY",
 }
 VARIABLES = (0x80000001, 0x80000002, 0x8000000C, 0x800000E0)
+FIRMWARE_BLOB = 0x80000008
 
 
 class LogError(Exception):
@@ -141,12 +142,15 @@ def describe(event):
 
 
 def text_of(event):
-    """What a reader can make of an event's data: a variable's name, or its printable parts."""
+    """What a reader can make of an event's data: a variable's name, a place in memory, or text."""
     data = event.data
     if event.type in VARIABLES and len(data) >= 32:
         (letters,) = struct.unpack_from("<Q", data, 16)
         name = data[32:][: 2 * min(letters, 256)].decode("utf-16-le", "replace")
         return "".join(letter if letter.isprintable() else "." for letter in name)[:SHOWN]
+    if event.type == FIRMWARE_BLOB and len(data) == 16:  # UEFI_PLATFORM_FIRMWARE_BLOB, 10.2.5
+        base, length = struct.unpack("<QQ", data)
+        return f"at {base:#x}, {length} bytes"
     text = data.decode("utf-16-le" if b"\0" in data[1:2] else "latin-1", "replace").rstrip("\0")
     return text[:SHOWN] if text.isascii() and text.isprintable() else ""
 
