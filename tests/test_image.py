@@ -344,5 +344,38 @@ class Reproducible(unittest.TestCase):
         self.assertIn(" noinitrd ", final["CMDLINE"])
 
 
+class Enrolment(unittest.TestCase):
+    """What an owner has added to the reference values outlives the next build."""
+
+    NEW = {"kind": "tpm2", "root": "fixture", "pcrs": {"4": "44", "9": "00"}, "withdrawn": []}
+
+    def after(self, old):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            if old is not None:
+                (folder / "reference.json").write_text(json.dumps(old))
+            return image.with_enrolment(self.NEW, folder)
+
+    def test_first_build(self):
+        self.assertEqual(self.after(None), self.NEW)
+        self.assertEqual(self.after(self.NEW), self.NEW)
+
+    def test_same_image(self):
+        old = self.NEW | {"root": "ek:CN=x", "attestation_key": "ab", "event_log": "cd"}
+        old |= {"withdrawn": ["ee"], "pcrs": self.NEW["pcrs"] | {"0": "11"}}
+        self.assertEqual(self.after(old), old)
+
+    def test_another_image(self):
+        old = {"root": "ek:CN=x", "attestation_key": "ab", "event_log": "cd", "withdrawn": ["ee"]}
+        old |= {"kind": "tpm2", "pcrs": {"0": "11", "4": "old", "9": "00"}}
+        kept = {"root": "ek:CN=x", "attestation_key": "ab", "withdrawn": ["ee"]}
+        expected = self.NEW | kept | {"pcrs": {"0": "11", "4": "44", "9": "00"}}
+        self.assertEqual(self.after(old), expected)
+
+    def test_a_file_that_is_something_else(self):
+        with self.assertRaisesRegex(image.measure.MeasureError, "holds no reference values"):
+            self.after([])
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -15,6 +15,8 @@ import unittest
 import urllib.error
 import urllib.request
 
+from tests import guest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT = "Tell me about zen."
 ANSWER = "Beautiful is better than ugly"  # what the demo model has learnt
@@ -95,16 +97,37 @@ class Quickstart(unittest.TestCase):
             for secret in re.findall(r"[0-9a-f]{64}", path.read_text()):
                 self.assertNotIn(secret, shown, name)
 
+    @unittest.skipIf(guest.MISSING, f"not installed: {' '.join(guest.MISSING)}")
+    def test_vm(self):
+        """The guest in its VM; then once more, enrolled, and ended while it boots."""
+        done = self.run_to_its_end("--vm", PROMPT)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn(ANSWER, self.answer(done.stdout))
+        self.assertEqual(done.stdout.count("Enrolling"), 2, done.stdout)
+        self.assertEqual(processes_of(str(self.copy)), [])
+        values = json.loads((self.state / "image" / "reference.json").read_text())
+        self.assertEqual((values["kind"], values["root"]), ("tpm2", "fixture"))
+        process = self.start("--vm", PROMPT)
+        with process, contextlib.ExitStack() as stack:
+            stack.callback(process.kill)
+            said = ""
+            while not said.startswith("[6/8]"):
+                said = process.stdout.readline()
+                self.assertNotEqual(said, "", "it ended")
+                self.assertNotIn("Enrolling", said)
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(60), 130)
+        self.assertEqual(processes_of(str(self.copy)), [])
+
+    def start(self, *arguments):
+        """Start it; its standard output can be read."""
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+        streams["stderr"] = subprocess.DEVNULL
+        return subprocess.Popen(self.command(*arguments), cwd="/", **streams)
+
     def serve_until(self, number):
         """Start with --serve, ask the API, then end it by a signal; the exit status."""
-        process = subprocess.Popen(
-            self.command("--serve"),
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        process = self.start("--serve")
         with process, contextlib.ExitStack() as stack:
             stack.callback(process.kill)  # if an assertion fails before the signal
             lines = iter(process.stdout.readline, "")

@@ -449,13 +449,19 @@ def with_enrolment(values, output):
     """An image's reference values with what an owner has added to those that are in the folder.
 
     The TPM's key and the shape's PCRs are not the image's, and what was withdrawn stays withdrawn.
+    An event log is of a boot of one image.
     """
     withdrawn = measure.read_withdrawn(output / "reference.json")
     if not (output / "reference.json").exists():
         return values
     old = json.loads((output / "reference.json").read_text("utf-8"))
-    kept = {name: old[name] for name in ("root", "attestation_key") if name in old}
-    return values | kept | {"pcrs": old.get("pcrs", {}) | values["pcrs"], "withdrawn": withdrawn}
+    pcrs = old.get("pcrs", {}) | values["pcrs"]
+    kept = {"pcrs": pcrs, "withdrawn": withdrawn}
+    if "attestation_key" in old:
+        kept |= {"root": old["root"], "attestation_key": old["attestation_key"]}
+    if "event_log" in old and pcrs == old["pcrs"]:
+        kept["event_log"] = old["event_log"]
+    return values | kept
 
 
 def write_json(path, value):
