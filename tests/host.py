@@ -103,6 +103,8 @@ class Host:
     def end(self):
         """End QEMU and the TPM, and forget them."""
         vm.end(*reversed(self.processes))
+        for process in self.processes[:1]:  # the TPM's, which nobody has read
+            process.stderr.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self):
