@@ -70,6 +70,8 @@ def check_files(values):
         muenclave.read_header(path)
     except (OSError, mp.ProtocolError) as error:
         raise StartError(f"can't use the model {path}: {error}") from None
+    if values["ENCLAVE_EVIDENCE"] == "tpm2" and not os.path.exists(values["ENCLAVE_TPM"]):
+        raise StartError(f"ENCLAVE_TPM: no TPM at {values['ENCLAVE_TPM']}")
     for name in ("ENCLAVE_OWNER_PSK", "ENCLAVE_USER_PSK"):
         if values["ENCLAVE_EVIDENCE"] == "psk":
             try:
