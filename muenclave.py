@@ -127,20 +127,32 @@ def drop_privileges(role, level):
     """
     if level == "none":
         return
-    library = libc()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if role != "loader":  # which sizes the arena, a file to the kernel
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    for capability in range(64 if os.getuid() == 0 else 0):
-        library.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    drop_capabilities()
     if level == "full":
         os.setgroups([])
         os.setresgid(*[UIDS[role]] * 3)
         os.setresuid(*[UIDS[role]] * 3)
-    check(library.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)), "capset")
+    set_capabilities(())
     options = {PR_SET_PDEATHSIG: signal.SIGKILL, PR_SET_DUMPABLE: 0, PR_SET_NO_NEW_PRIVS: 1}
     for option, value in options.items():
-        check(library.prctl(option, value, 0, 0, 0), f"prctl {option}")
+        check(libc().prctl(option, value, 0, 0, 0), f"prctl {option}")
+
+
+def drop_capabilities(kept=()):
+    """Have no process that this one starts hold other capabilities than those kept (numbers)."""
+    for capability in range(64 if os.getuid() == 0 else 0):
+        if capability not in kept:
+            libc().prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def set_capabilities(kept):
+    """Hold these capabilities (numbers below 32), and no other. Raises OSError."""
+    mask = sum(1 << capability for capability in kept)
+    header, data = struct.pack("=Ii", 0x20080522, 0), struct.pack("=III12x", mask, mask, 0)
+    check(libc().capset(header, data), "capset")
 
 
 def filter_program(role, machine):
@@ -277,9 +289,8 @@ def end(children, seconds=0):
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 NO_FILES = MS_NOSUID | MS_NODEV | MS_NOEXEC
-ONLY_DEVICES = MS_NOSUID | MS_NOEXEC
-EXTRAS = "/usr/lib/muenclave/extras"
-SERIAL_PORT = "/dev/ttyS0"
+ONLY_DEVICES, NO_DEVICES = MS_NOSUID | MS_NOEXEC, MS_NOSUID | MS_NODEV | MS_RDONLY
+INIT_CAPABILITIES = (5, 6, 7, 8, 22)  # KILL, SETGID, SETUID, SETPCAP for its children, SYS_BOOT
 RB_AUTOBOOT = 0x01234567
 MODULES, FINIT_MODULE = "/usr/lib/modules", 313
 
@@ -291,13 +302,15 @@ def guest_main(settings):
         mount("sysfs", "/sys", "sysfs", NO_FILES | MS_RDONLY)
         mount("securityfs", "/sys/kernel/security", "securityfs", NO_FILES | MS_RDONLY)
         mount("devtmpfs", "/dev", "devtmpfs", ONLY_DEVICES)
-        os.dup2(os.open(SERIAL_PORT, os.O_WRONLY | os.O_NOCTTY), 2)
+        os.dup2(os.open("/dev/ttyS0", os.O_WRONLY | os.O_NOCTTY), 2)
         sys.stderr = open(2, "w", encoding="ascii", errors="replace", closefd=False)
         load_modules()
         mount("", "/dev", "", MS_REMOUNT | MS_BIND | MS_RDONLY | ONLY_DEVICES)
         if os.path.exists("/dev/dm-0"):  # without it the enclave can be verified, no more
-            mount("/dev/dm-0", EXTRAS, "squashfs", MS_NOSUID | MS_NODEV | MS_RDONLY)
+            mount("/dev/dm-0", "/usr/lib/muenclave/extras", "squashfs", NO_DEVICES)
         mount("", "/", "", MS_REMOUNT | MS_RDONLY)
+        drop_capabilities(INIT_CAPABILITIES)
+        set_capabilities(INIT_CAPABILITIES)
         init_main(settings | read_config())
     except (OSError, ValueError) as error:
         say(f"error: {error}")
