@@ -1,13 +1,20 @@
 """Run the suite: `python -m tests` takes what `python -m unittest` takes.
 
-With CI=true a skipped test is a failure, unless its reason is in MAY_SKIP. The last line of the
-output is `N passed, N failed, N skipped`.
+Without names of tests it runs them all, in two processes side by side: those that wait for guests
+in their VMs, and the others. What the former say comes after what the latter say. With CI=true a
+skipped test is a failure, unless its reason is in MAY_SKIP. The last line of the output is
+`N passed, N failed, N skipped`.
 """
 
 import os
+import pathlib
+import re
+import subprocess
 import sys
+import tempfile
 import unittest
 
+GUESTS = ("image", "vm", "tampering", "serving", "bench", "quickstart")  # that run guests
 MAY_SKIP = ("needs a GPU", "needs vsock", "needs KVM", "needs BUILDROOT_DIR")
 
 
@@ -72,6 +79,38 @@ def whole(test):
     return getattr(test, "test_case", test).id()
 
 
+def run_all(flags):
+    """Run every module of tests in two processes; the exit status."""
+    found = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    guests = [f"test_{name}" for name in GUESTS]
+    others = [name for name in found if name not in guests]
+    with tempfile.TemporaryFile("w+") as later:
+        beside = subprocess.Popen(command(flags, guests), stdout=later, stderr=subprocess.STDOUT)
+        try:
+            first = subprocess.run(command(flags, others), stdout=subprocess.PIPE, text=True)
+            beside.wait()
+        finally:
+            beside.kill()
+        later.seek(0)
+        second = later.read()
+    print(second, flush=True)
+    summary = r"^(\d+) passed, (\d+) failed, (\d+) skipped$"
+    counts = [re.findall(summary, text, re.MULTILINE) for text in (first.stdout, second)]
+    if not all(counts):
+        print("a part of the suite ended without its summary")
+        return 1
+    passed, failed, skipped = (sum(int(part[-1][n]) for part in counts) for n in range(3))
+    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    return first.returncode or beside.returncode
+
+
+def command(flags, modules):
+    """The command that runs these modules of tests."""
+    return [sys.executable, "-m", "tests", *flags, *(f"tests.{name}" for name in modules)]
+
+
 if __name__ == "__main__":
+    if all(argument.startswith("-") for argument in sys.argv[1:]):
+        sys.exit(run_all(sys.argv[1:]))
     program = unittest.main(module=None, testRunner=Runner, exit=False)
     sys.exit(not (program.result.wasSuccessful() and program.result.testsRun))

@@ -29,7 +29,7 @@ import demo_model as demo  # noqa: E402
 import measure  # noqa: E402, F401  for the tests
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off
-SECONDS = 120  # that anything here may take before it counts as stuck
+SECONDS = 300  # that anything here may take before it counts as stuck
 SEALERS = (
     "tools/seal.py",
     "tools/prompting.py",
