@@ -24,7 +24,7 @@ import vm  # noqa: E402
 FIRMWARE_LINE = r"(?:\x1b\[[0-9;=]*\w)*|.*BdsDxe: (?:loading|starting) Boot[0-9A-F]{4} .*"
 GUEST_LINE = "|".join(f"muenclave: {line}(?: [0-9]+)?" for line in (*muenclave.LOG, "stopped"))
 CONSOLE = re.compile(rf"\A(?:{FIRMWARE_LINE}|{GUEST_LINE})\Z")
-SECONDS = 300  # that a boot may take under TCG on a busy machine
+SECONDS = 600  # that a boot may take under TCG on a busy machine
 MISSING = environment.missing_packages(image.PROGRAMS | vm.PROGRAMS)
 # Flags of the product's image, as several tests have it: torch's disk is not what they look at.
 PRODUCT = ("--no-extras", "--microvm")

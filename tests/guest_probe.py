@@ -128,6 +128,13 @@ def gate():
                 return int(name)
 
 
+def capabilities(pid):
+    """The sets of capabilities of a process's main thread: {name: hexadecimal}."""
+    with open(f"/proc/{pid}/task/{pid}/status") as file:
+        rows = [line.split() for line in file if line.startswith("Cap")]
+    return {name.rstrip(":"): value for name, value in rows}
+
+
 def probe():
     """All of it, once the gate listens."""
     while not listening():
@@ -163,6 +170,7 @@ def probe():
     }
     found["files"] |= {path: os.path.exists(path) for path in ("/bin/sh", "/usr/bin/sh")}
     found["executables"] = executables()
+    found["capabilities"] = {"init": capabilities(1), "gate": capabilities(other)}
     found["pcrs"] = {index: pcr(index) for index in (4, 9)}
     with open("/proc/cmdline") as file:
         found["command_line"] = file.read().strip()

@@ -187,5 +187,20 @@ class Serving(unittest.TestCase):
             self.assertRegex(line, guest.CONSOLE)
 
 
+class Extras(unittest.TestCase):
+    """A disk of PyTorch that is not the measured one is not even mounted."""
+
+    def test_a_changed_superblock(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            built = guest.build(folder / "image")
+            flip(built / "extras.squashfs", 100)
+            (folder / "tpm").mkdir()
+            weights, extras = support.sealed_demo().model, built / "extras.squashfs"
+            with host.Host(built, weights, folder / "tpm", extras=extras) as changed:
+                changed.wait_for("muenclave: error: can't mount /usr/lib/muenclave/extras")
+                changed.wait_for("(it has ended)")
+
+
 if __name__ == "__main__":
     unittest.main()

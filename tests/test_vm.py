@@ -13,6 +13,7 @@ import sys
 import tempfile
 import unittest
 
+import muenclave
 import muprotocol as mp
 import muproxy
 from tests import guest, support
@@ -327,6 +328,13 @@ class Boot(unittest.TestCase):
             self.assertEqual(self.found["calls"][name], "ENOSYS", name)
         self.assertEqual(self.found["ptrace"], "EPERM")
         self.assertIn(self.found["memory"], ("EPERM", "EACCES"))
+
+    def test_capabilities(self):
+        names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+        kept = f"{sum(1 << number for number in muenclave.INIT_CAPABILITIES):016x}"
+        init = {name: "0" * 16 if name in ("CapInh", "CapAmb") else kept for name in names}
+        self.assertEqual(self.found["capabilities"]["init"], init)
+        self.assertEqual(self.found["capabilities"]["gate"], dict.fromkeys(names, "0" * 16))
 
     def test_files(self):
         self.assertEqual([path for path, there in self.found["files"].items() if there], [])
