@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 
@@ -102,7 +103,10 @@ def debian_command_line():
 
 @contextlib.contextmanager
 def powered_on(flags, port, more):
-    """A guest from its power-on; yields the lines of its serial port. more: words for QEMU."""
+    """A guest from its power-on; yields the lines of its serial port. more: words for QEMU.
+
+    One that takes BOOT_SECONDS is ended.
+    """
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="muenclave-")))
         tpm = vm.start_tpm(folder / "state", folder)
@@ -112,6 +116,9 @@ def powered_on(flags, port, more):
         options = {"stdout": subprocess.PIPE, "text": True, "errors": "replace"}
         guest = vm.start(command, **quiet, **options)
         stack.callback(vm.end, guest)
+        limit = threading.Timer(BOOT_SECONDS, guest.kill)
+        stack.callback(limit.cancel)
+        limit.start()
         yield guest.stdout
 
 
