@@ -107,6 +107,14 @@ class Serving(unittest.TestCase):
         flip(self.extras, *blocks)
         self.check_refused("no_engine")
         flip(self.extras, *blocks)
+        self.host.kill()
+        self.power_on()  # what its squashfs has once found broken stays so
+
+    def power_on(self):
+        """Boot it anew."""
+        known = len(self.host.lines)
+        self.host.start()
+        self.host.wait_for("muenclave: locked", known)
 
     def test_4_the_answer_is_the_local_enclave_s(self):
         ready = self.unlock()
@@ -147,9 +155,7 @@ class Serving(unittest.TestCase):
         self.assertNotIn(b"[DONE]", rest)
         self.assertIn(b'"error"', rest)
         self.assertEqual(self.ask(port, "GET", "/health")[0], 503)
-        known = len(self.host.lines)
-        self.host.start()
-        self.host.wait_for("muenclave: locked", known)
+        self.power_on()
         status, body = self.ask(port, "POST", "/v1/chat/completions", {"max_tokens": 8})
         self.assertEqual((status, "locked" in body), (503, True), body)
         self.unlock()
