@@ -18,6 +18,7 @@ import tempfile
 import unittest
 
 import muenclave
+import muprotocol as mp
 from tests import guest, support
 
 EXTERNAL = support.ROOT / "br_external"
@@ -28,6 +29,7 @@ import environment  # noqa: E402
 import image  # noqa: E402
 import kernel  # noqa: E402
 import kernel_config  # noqa: E402
+import measure  # noqa: E402
 import post_image  # noqa: E402
 import rootfs  # noqa: E402
 
@@ -56,6 +58,7 @@ PACKAGES = """bzip2 gcc-final glibc libffi libopenssl libzlib linux linux-header
 muenclave openssl python-cffi python-cryptography python-pycparser python3 skeleton
 skeleton-init-common skeleton-init-none toolchain toolchain-buildroot xz zlib""".split()
 SECONDS = 600
+RELEASE = "6.12.92-muenclave"
 NEEDED = f"not installed: {' '.join(guest.MISSING)}"
 
 
@@ -159,7 +162,7 @@ class Tree(unittest.TestCase):
     def test_device_table_is_the_mount_points(self):
         rows = [row.split() for row in (BOARD / "device_table.txt").read_text().splitlines()]
         rows = [row for row in rows if row[0] != "#"]
-        self.assertEqual(sorted(row[0].strip("/") for row in rows), sorted(muenclave.MOUNT_POINTS))
+        self.assertEqual(sorted(row[0].strip("/") for row in rows), sorted(measure.MOUNT_POINTS))
         for row in rows:
             self.assertEqual(row[1:5], ["d", "755", "0", "0"], row[0])
 
@@ -250,7 +253,7 @@ class KernelConfig(unittest.TestCase):
         extras.write_text('dm-mod.create="extras,,,ro,0 8 verity 1"\n')
         lines = (extras, BOARD / "cmdline")
         options = kernel_config.wanted([kernel.FRAGMENTS / "tcp.fragment"], lines, "/key.pem")
-        text = post_image.unquoted(options["CMDLINE"])
+        text = kernel_config.unquoted(options["CMDLINE"])
         self.assertTrue(text.startswith('dm-mod.create="extras,,,ro,0 8 verity 1" loglevel=0 '))
         self.assertIn(" noinitrd ", text)
         self.assertEqual(options["MODULE_SIG_KEY"], '"/key.pem"')
@@ -314,7 +317,25 @@ def make_target(root):
     (root / "usr/lib/libstranger.so.1").write_bytes(b"\x7fELF")
     (root / "usr/lib/muenclave/backdoor.py").write_text("")
     (root / "usr/sbin/tool").write_text("#!/bin/sh\n")
+    modules = root / "usr/lib/modules" / RELEASE / "updates"
+    modules.mkdir(parents=True)
+    for name in ("nvidia", "nvidia-uvm", "nvidia-drm"):
+        (modules / f"{name}.ko").write_bytes(name.encode() + post_image.SIGNED)
     return library
+
+
+def make_images(folder, command_line='loglevel=0 name="a b"', **options):
+    """The folder of Buildroot's images as the kernel's package leaves it."""
+    options = {"CMDLINE": kernel.quoted(command_line)} | options
+    (folder / "kernel.config").write_text(kernel.write_options(options))
+    (folder / "kernel.release").write_text(f"{RELEASE}\n")
+    return folder
+
+
+def post_fakeroot(root, images):
+    """Run post_fakeroot.py as Buildroot does."""
+    environment = os.environ | {"BINARIES_DIR": str(images)}
+    return run(sys.executable, "-B", BOARD / "post_fakeroot.py", root, env=environment)
 
 
 class Root(unittest.TestCase):
@@ -325,7 +346,7 @@ class Root(unittest.TestCase):
         cls.root = temporary_folder(cls) / "target"
         cls.library = make_target(cls.root)
         cls.names = {path.relative_to(cls.root).as_posix() for path in cls.root.rglob("*")}
-        done = run(sys.executable, "-B", BOARD / "post_fakeroot.py", cls.root)
+        done = post_fakeroot(cls.root, make_images(temporary_folder(cls), MODULES="y"))
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         cls.kept = {path.relative_to(cls.root).as_posix() for path in cls.root.rglob("*")}
 
@@ -338,7 +359,7 @@ class Root(unittest.TestCase):
         self.assertEqual(set(gone) & self.kept, set())
 
     def test_what_stays(self):
-        stays = {*muenclave.MOUNT_POINTS, "etc/muenclave.conf", "usr/bin/python3", "lib", "lib64"}
+        stays = {*measure.MOUNT_POINTS, "etc/muenclave.conf", "usr/bin/python3", "lib", "lib64"}
         stays |= {f"usr/lib/muenclave/{name}" for name in rootfs.MODULES}
         library = self.library.relative_to(self.root).as_posix()
         stays |= {f"{library}/{name}" for name in ("json", "unittest", "cProfile.py", "ssl.py")}
@@ -346,6 +367,29 @@ class Root(unittest.TestCase):
             f"{library}/site-packages/{name}" for name in ("cryptography", "sitecustomize.py")
         }
         self.assertLessEqual(stays, self.kept)
+
+    def test_manifest_says_what_is_there(self):
+        text = (self.root / measure.MANIFEST).read_bytes()
+        found = measure.root_manifest(self.root, RELEASE, 'loglevel=0 name="a b"')
+        self.assertEqual(text, mp.encode_json(found))
+        paths = {path for path, _, _ in found["files"]}
+        self.assertLessEqual({"etc/muenclave.conf", "usr/lib/muenclave/muenclave.py"}, paths)
+        self.assertNotIn(measure.MANIFEST, paths)
+        self.assertEqual((self.root / measure.MANIFEST).stat().st_mode, 0o100644)
+
+    def test_kernel_modules_lie_in_the_order_of_their_needs(self):
+        """Where PID 1 loads all that it finds, in the order of the names."""
+        folder = self.root / muenclave.MODULES[1:]
+        found = {path.name: path.read_bytes() for path in folder.iterdir()}
+        contents = [found[name].removesuffix(post_image.SIGNED) for name in sorted(found)]
+        self.assertEqual(contents, [b"nvidia", b"nvidia-uvm"])
+
+    def test_a_kernel_without_modules_gets_none(self):
+        root = temporary_folder(self) / "target"
+        make_target(root)
+        done = post_fakeroot(root, make_images(temporary_folder(self), MODULES="n"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertFalse((root / "usr/lib/modules").exists())
 
     def test_the_archive_has_no_faults(self):
         stream = io.BytesIO()
@@ -380,9 +424,19 @@ class Root(unittest.TestCase):
         partial = temporary_folder(self)
         (partial / "usr/lib/python3.99/lib-dynload").mkdir(parents=True)
         (partial / "usr/lib/python3.99/site-packages").mkdir()
-        for folder in (empty, partial, empty / "absent"):
-            done = run(sys.executable, "-B", BOARD / "post_fakeroot.py", folder)
+        images = make_images(temporary_folder(self))
+        gpu = make_images(temporary_folder(self), MODULES="y")
+        cases = [(folder, images) for folder in (empty, partial, empty / "absent")]
+        cases += [(empty, empty), (empty, gpu)]
+        for case in cases:
+            done = post_fakeroot(*case)
             self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stderr, r"\Apost_fakeroot: error: [^\n]+\n\Z")
+        self.assertIn("one nvidia.ko was expected", done.stderr)
+        bare = {name: value for name, value in os.environ.items() if name != "BINARIES_DIR"}
+        for arguments in ((), (empty,)):
+            done = run(sys.executable, "-B", BOARD / "post_fakeroot.py", *arguments, env=bare)
+            self.assertEqual(done.returncode, 2)
             self.assertRegex(done.stderr, r"\Apost_fakeroot: error: [^\n]+\n\Z")
 
 
@@ -412,7 +466,7 @@ class Archive(unittest.TestCase):
         entries = self.archive(root)
         self.assertEqual(post_image.faults(entries), [])
         post_image.unpack(entries, copy)
-        manifests = [muenclave.root_manifest(str(path), "6.12", "x") for path in (root, copy)]
+        manifests = [measure.root_manifest(path, "6.12", "x") for path in (root, copy)]
         self.assertEqual(*manifests)
         self.assertEqual(len(manifests[0]["files"]), 3)
         self.assertTrue((copy / "dev").is_dir())
@@ -470,13 +524,30 @@ class Archive(unittest.TestCase):
                 post_image.unpack([entry], temporary_folder(self) / "root")
 
     def test_mistakes_are_one_line(self):
-        folder = temporary_folder(self)
-        for content in (None, b"no archive"):
-            if content is not None:
-                (folder / "rootfs.cpio").write_bytes(content)
-            done = run(sys.executable, "-B", BOARD / "post_image.py", folder)
-            self.assertEqual(done.returncode, 1)
-            self.assertRegex(done.stderr, r"\Apost_image: error: [^\n]+\n\Z")
+        root, bare = self.make(), self.make()
+        (root / measure.MANIFEST).write_text("{}")
+        broken = temporary_folder(self) / "rootfs.cpio"
+        broken.write_bytes(b"no archive")
+        cases = {
+            "rootfs.cpio: No such file": lambda _: None,
+            "no entry where one should begin": lambda images: shutil.copy(broken, images),
+            "muenclave.manifest: No such file": lambda images: pack(bare, images),
+            "muenclave.manifest does not say what is there": lambda images: pack(root, images),
+        }
+        for fault, prepare in cases.items():
+            with self.subTest(fault=fault):
+                images = make_images(temporary_folder(self))
+                prepare(images)
+                done = run(sys.executable, "-B", BOARD / "post_image.py", images)
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, rf"\Apost_image: error: [^\n]*{fault}[^\n]*\n\Z")
+                self.assertFalse((images / "reference.json").exists())
+
+
+def pack(root, images):
+    """Write a folder as the archive in the folder of Buildroot's images."""
+    with open(images / "rootfs.cpio", "wb") as file:
+        rootfs.write_cpio(root, file)
 
 
 @unittest.skipIf(guest.MISSING, NEEDED)
@@ -491,22 +562,43 @@ class Product(unittest.TestCase):
         shutil.copy(output / "muenclave.efi", images / "bzImage")
         shutil.copy(output / "kernel.config", images)
         (images / "kernel.release").write_text(expected["image"]["kernel"] + "\n")
-        with open(images / "rootfs.cpio", "wb") as file:
-            rootfs.write_cpio(image.build_rootfs(None, lock) / "root", file)
+        root = temporary_folder(self) / "root"
+        shutil.copytree(image.build_rootfs(None, lock) / "root", root, symlinks=True)
+        rootfs.put(root / measure.MANIFEST, (output / "manifest.json").read_bytes())
+        pack(root, images)
+        kept = {"attestation_key": {"n": "00"}, "withdrawn": ["ab" * 32], "pcrs": {"0": "cd" * 32}}
+        (images / "reference.json").write_text(json.dumps(kept))
         done = run(sys.executable, "-B", BOARD / "post_image.py", images)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         found = json.loads((images / "reference.json").read_text())
-        for name in ("measurement", "pcrs", "kind", "root", "version", "withdrawn"):
+        for name in ("measurement", "kind", "root", "version"):
             self.assertEqual(found[name], expected[name])
+        for name in ("attestation_key", "withdrawn"):  # an owner's: a new image does not lose them
+            self.assertEqual(found[name], kept[name])
+        self.assertEqual(found["pcrs"], kept["pcrs"] | expected["pcrs"])
         for name in ("esp.img", "muenclave.efi", "manifest.json"):
             self.assertEqual((images / name).read_bytes(), (output / name).read_bytes(), name)
         line = (images / "command-line").read_text()
         self.assertEqual(line, (BOARD / "cmdline").read_text().strip() + "\n")
-        measure = (sys.executable, "-B", support.TOOLS / "measure.py", "--root", images / "root")
-        told = run(
-            *measure, "--kernel", expected["image"]["kernel"], "--command-line", line.strip()
-        )
+        self.check_measure(images, expected["image"]["kernel"], line.strip())
+        self.check_vm(images)
+
+    def check_measure(self, images, release, line):
+        """tools/measure.py finds the same in the root that was unpacked."""
+        command = (sys.executable, "-B", support.TOOLS / "measure.py", "--root", images / "root")
+        told = run(*command, "--kernel", release, "--command-line", line)
+        found = json.loads((images / "reference.json").read_text())
         self.assertEqual(json.loads(told.stdout)["measurement"], found["measurement"])
+
+    def check_vm(self, images):
+        """tools/vm.py takes the folder as it is."""
+        weights = images / "model.mus"
+        weights.write_bytes(bytes(4096))
+        command = (sys.executable, "-B", support.TOOLS / "vm.py", "run", "--dry-run")
+        done = run(*command, "--image", images, "--weights", weights)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for path in (images / "esp.img", weights):
+            self.assertIn(str(path), done.stdout)
 
 
 @unittest.skipUnless(BUILDROOT, "needs BUILDROOT_DIR")

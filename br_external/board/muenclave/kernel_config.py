@@ -37,6 +37,23 @@ def wanted(fragments, command_line, module_key):
     return options
 
 
+def read_facts(images):
+    """(release, command line, options) of the kernel, from the folder of Buildroot's images.
+
+    Raises OSError, and ToolError if that is no kernel of ours.
+    """
+    options = kernel.read_options((images / "kernel.config").read_text("utf-8"))
+    if "CMDLINE" not in options:
+        raise kernel.ToolError(f"{images}/kernel.config: no command line is built in")
+    release = (images / "kernel.release").read_text("ascii").strip()
+    return release, unquoted(options["CMDLINE"]), options
+
+
+def unquoted(value):
+    """The text of an option that is a string."""
+    return value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+
+
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="kernel_config.py", description=__doc__.split("\n")[0])

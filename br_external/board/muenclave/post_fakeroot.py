@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Leave in the guest's root what it needs, and nothing else: post_fakeroot.py ROOT
+"""Leave in the guest's root what it needs, nothing else, and its manifest: post_fakeroot.py ROOT
 
 Buildroot runs this on a copy of its target folder, just before it writes the archive: builds that
 follow find their target folder whole. Python modules are compiled here, by the Python that
-Buildroot has made for the build machine, which is of the guest's version.
+Buildroot has made for the build machine, which is of the guest's version. BINARIES_DIR, which
+Buildroot sets, names the folder with the facts of the kernel, which the manifest says too.
 """
 
 import fnmatch
@@ -17,10 +18,12 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(CHECKOUT))
 sys.path.insert(0, str(CHECKOUT / "tools"))
 
+import kernel_config  # noqa: E402
+import measure  # noqa: E402
 import rootfs  # noqa: E402
 from environment import ToolError  # noqa: E402
 
-import muenclave  # noqa: E402
+import muprotocol as mp  # noqa: E402
 
 ENCLAVE = "usr/lib/muenclave"
 PROGRAM_LOADER = "ld-linux-x86-64.so.2"
@@ -36,7 +39,7 @@ PACKAGES = ("cryptography", "_cffi_backend*.so", "sitecustomize.py")
 ENGINE_LIBRARIES = """libc.so.6 libdl.so.2 libgcc_s.so.1 libm.so.6 libpthread.so.0 librt.so.1
 libstdc++.so.6 libutil.so.1""".split()
 GPU = ("usr/lib/libcuda.so*", "usr/lib/libnvidia-*.so*", "usr/lib/firmware/nvidia/*/*.bin")
-GPU += ("usr/lib/modules/*/updates/nvidia*.ko",)
+KERNEL_MODULES = ("nvidia.ko", "nvidia-uvm.ko")  # each needs those before it
 
 
 def matches(name, patterns):
@@ -64,10 +67,20 @@ def choose(root):
     kept.update(root / ENCLAVE / name for name in rootfs.MODULES)
     kept.add(root / "etc/muenclave.conf")
     kept.update(path for pattern in GPU for path in root.glob(pattern))
+    kept.update(root.glob("usr/lib/modules/*.ko"))
     for path in kept:
         if not path.exists():
             raise ToolError(f"{path.relative_to(root)} is missing from the root")
     return kept | libraries(root, kept)
+
+
+def place_modules(root):
+    """Put the kernel's modules where PID 1 loads them, in the order of their names. ToolError."""
+    for number, name in enumerate(KERNEL_MODULES):
+        found = list(root.glob(f"usr/lib/modules/*/updates/{name}"))
+        if len(found) != 1:
+            raise ToolError(f"{root}: one {name} was expected in updates/, found {len(found)}")
+        os.replace(found[0], root / "usr/lib/modules" / f"{number}-{name}")
 
 
 def libraries(root, kept):
@@ -96,7 +109,7 @@ def libraries(root, kept):
 def prune(root, kept):
     """Remove all but the kept paths, the links that merge /usr, and the mount points."""
     stays = kept | {root / name for name in LINKS}
-    mount_points = {root / name for name in muenclave.MOUNT_POINTS}
+    mount_points = {root / name for name in measure.MOUNT_POINTS}
     for folder, folders, names in os.walk(root, topdown=False):
         folder = pathlib.Path(folder)
         for path in (folder / name for name in (*names, *folders)):
@@ -134,14 +147,22 @@ def main(arguments):
     if not arguments:
         print("post_fakeroot: error: which root? post_fakeroot.py ROOT", file=sys.stderr)
         return 2
-    root = pathlib.Path(arguments[0])
+    if "BINARIES_DIR" not in os.environ:
+        print("post_fakeroot: error: BINARIES_DIR is not set, as Buildroot does", file=sys.stderr)
+        return 2
+    root, images = pathlib.Path(arguments[0]), pathlib.Path(os.environ["BINARIES_DIR"])
     try:
+        release, command_line, options = kernel_config.read_facts(images)
         for path in list(root.rglob("__pycache__")):
             shutil.rmtree(path)
+        if options.get("MODULES") == "y":
+            place_modules(root)
         prune(root, choose(root))
         compile_modules(root)
         set_modes(root)
-    except ToolError as error:
+        manifest = measure.root_manifest(root, release, command_line)
+        rootfs.put(root / measure.MANIFEST, mp.encode_json(manifest))
+    except (ToolError, measure.MeasureError) as error:
         print(f"post_fakeroot: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -4,9 +4,10 @@
 From rootfs.cpio, bzImage, kernel.config and kernel.release in that folder: root/ (what
 tools/measure.py measures, with command-line), muenclave.efi, esp.img, manifest.json and
 reference.json (what tools/vm.py runs and verifiers expect), named as tools/image.py names them.
+The root is measured once more, as it was packed: its manifest has to say the same.
 """
 
-import json
+import hashlib
 import os
 import pathlib
 import shutil
@@ -19,13 +20,12 @@ sys.path.insert(0, str(CHECKOUT))
 sys.path.insert(0, str(CHECKOUT / "tools"))
 
 import image  # noqa: E402
-import kernel  # noqa: E402
+import kernel_config  # noqa: E402
 import measure  # noqa: E402
 import pcr  # noqa: E402
 import rootfs  # noqa: E402
 from environment import ToolError  # noqa: E402
 
-import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 
 MAGIC, FIELDS = b"070701", 13
@@ -92,11 +92,6 @@ def unpack(entries, root):
         path.chmod(stat.S_IMODE(mode))
 
 
-def unquoted(value):
-    """The text of an option that is a string."""
-    return value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
-
-
 def write_product(images):
     """Write the files named above into the images folder (a pathlib.Path). ToolError, OSError."""
     archive = images / "rootfs.cpio"
@@ -109,24 +104,23 @@ def write_product(images):
     if root.exists():
         shutil.rmtree(root)
     unpack(entries, root)
-    options = kernel.read_options((images / "kernel.config").read_text("utf-8"))
-    release = (images / "kernel.release").read_text("ascii").strip()
-    text = unquoted(options["CMDLINE"])
+    release, command_line, _ = kernel_config.read_facts(images)
+    manifest = mp.encode_json(measure.root_manifest(root, release, command_line))
+    if (root / measure.MANIFEST).read_bytes() != manifest:
+        raise ToolError(f"rootfs.cpio: {measure.MANIFEST} does not say what is there; build anew")
     shutil.copy(images / "bzImage", images / "muenclave.efi")
     program = (images / "muenclave.efi").read_bytes()
     pcrs = pcr.predict(program)
     image.write_esp(images / "muenclave.efi", images / "esp.img")
-    manifest = muenclave.root_manifest(str(root), release, text)
-    facts = {"kernel": release, "command_line": text, "bytes": len(program)}
+    facts = {"kernel": release, "command_line": command_line, "bytes": len(program)}
     facts |= {"root": rootfs.facts(root), "initramfs_bytes": archive.stat().st_size}
     facts["packages"] = {"buildroot": os.environ.get("BR2_VERSION", "unknown")}
-    values = {"version": 1, "kind": "tpm2", "root": "fixture", "image": facts}
-    values["withdrawn"] = measure.read_withdrawn(images / "reference.json")
-    values["measurement"] = mp.manifest_digest(manifest)
+    values = {"version": 1, "kind": "tpm2", "root": "fixture", "withdrawn": [], "image": facts}
+    values["measurement"] = hashlib.sha256(manifest).hexdigest()
     values["pcrs"] = {str(index): value.hex() for index, value in sorted(pcrs.items())}
-    measure.write(images / "command-line", text + "\n")
-    for name, value in (("manifest.json", manifest), ("reference.json", values)):
-        measure.write(images / name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    measure.write(images / "command-line", command_line + "\n")
+    measure.write(images / "manifest.json", manifest.decode())
+    image.write_json(images / "reference.json", image.with_enrolment(values, images))
 
 
 def main(arguments):
