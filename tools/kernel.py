@@ -78,12 +78,17 @@ def wanted(variant):
     return options
 
 
-def unknown_options(text):
-    """What the kernel of a resolved .config (its text, with its heading) can't know. ToolError."""
-    found = re.search(r"^# Linux/x86 (\d+)\.(\d+)\.", text, re.MULTILINE)
+def series(text):
+    """ "6.1" for the text of a .config that a kernel of that series resolved. ToolError."""
+    found = re.search(r"^# Linux/x86 (\d+\.\d+)\.", text, re.MULTILINE)
     if found is None:
         raise ToolError("that is no resolved kernel configuration: no version in its heading")
-    return GONE if (int(found[1]), int(found[2])) >= (6, 12) else NEW
+    return found[1]
+
+
+def unknown_options(text):
+    """What the kernel of a resolved .config (its text, with its heading) can't know. ToolError."""
+    return GONE if tuple(map(int, series(text).split("."))) >= (6, 12) else NEW
 
 
 def differences(asked, final, unknown=()):
