@@ -19,6 +19,7 @@ sys.path.insert(0, str(support.TOOLS))
 import hardening  # noqa: E402
 import image  # noqa: E402
 import kernel  # noqa: E402
+import rootfs  # noqa: E402
 
 NEEDED = f"not installed: {' '.join(guest.MISSING)}"
 PROGRAM = [sys.executable, "-B", support.TOOLS / "hardening.py"]
@@ -240,6 +241,46 @@ class Files(unittest.TestCase):
         done = subprocess.run([*PROGRAM, "--root", folder], capture_output=True, text=True)
         self.assertEqual(done.returncode, 1)
         self.assertIn("hardening: error: worse: a.so lacks stack without code\n", done.stderr)
+
+
+@unittest.skipIf(guest.MISSING, NEEDED)
+class Extras(unittest.TestCase):
+    """Every file of the disk with torch, which only the engine sees."""
+
+    @classmethod
+    def setUpClass(cls):
+        packed = image.build_extras(image.read_lock()) / "extras.squashfs"
+        cls.root = temporary_folder(cls) / "root"
+        command = ["unsquashfs", "-no-progress", "-d", cls.root, packed]
+        subprocess.run(command, check=True, capture_output=True)
+        paths = [path for path in hardening.regular_files(cls.root) if rootfs.is_elf(path)]
+        cls.lacks = {path: hardening.elf_lacks(path) for path in paths}
+
+    def test_what_no_library_lacks(self):
+        """torch's programs, of which one is needed, do not run at random addresses."""
+        self.assertGreater(len(self.lacks), 50)
+        may_lack = {"binding at start", "fortify", "stack protector", "system's libraries only"}
+        for path, lacks in self.lacks.items():
+            programs = (
+                {"position independence"} if path.parent == self.root / "torch/bin" else set()
+            )
+            self.assertLessEqual(lacks, may_lack | programs, path)
+
+    def test_libraries_are_sought_beside_those_that_need_them(self):
+        """Or in folders that the measured root does not have."""
+        folders = set()
+        for path in self.lacks:
+            text = subprocess.run(["readelf", "-dW", path], check=True, capture_output=True).stdout
+            for found in re.findall(rb"\(R(?:UN)?PATH\).*\[(.*)\]", text):
+                folders.update(found.decode().split(":"))
+        own = {folder for folder in folders if re.match(r"\$ORIGIN(?:/|$)", folder)}
+        foreign = {"/lib/intel64", "/lib/intel64_win", "/lib/win-x64"}
+        self.assertEqual(folders - own, foreign)
+        root = image.build_rootfs(None, image.read_lock()) / "root"
+        self.assertEqual([name for name in foreign if (root / name[1:]).exists()], [])
+
+    def test_no_file_gives_rights(self):
+        self.assertEqual(hardening.mode_faults(self.root), [])
 
 
 def mappings(pid):

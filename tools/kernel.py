@@ -79,8 +79,11 @@ def wanted(variant):
 
 
 def series(text):
-    """ "6.1" for the text of a .config that a kernel of that series resolved. ToolError."""
-    found = re.search(r"^# Linux/x86 (\d+\.\d+)\.", text, re.MULTILINE)
+    """The series, such as "6.1", of the kernel that resolved a .config (its text). ToolError.
+
+    The heading names ARCH as it was given: x86, or x86_64 as Buildroot does.
+    """
+    found = re.search(r"^# Linux/x86(?:_64)? (\d+\.\d+)\.", text, re.MULTILINE)
     if found is None:
         raise ToolError("that is no resolved kernel configuration: no version in its heading")
     return found[1]
