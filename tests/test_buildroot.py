@@ -742,6 +742,55 @@ class Buildroot(unittest.TestCase):
         for name in files:
             self.assertEqual((folder / name).read_bytes(), (support.ROOT / name).read_bytes())
 
+    def test_buildroots_make_configures_our_kernel(self):
+        """Through all of its own steps; the compiler is this machine's, the source Debian's."""
+        source = image.kernel_source(image.read_lock(), "compared", image.COMPARED_SOURCE)
+        output = self.folder / "muenclave"
+        programs = output / "host" / "bin"
+        programs.mkdir(parents=True, exist_ok=True)
+        for name in ("gcc", "ld", "ar", "nm", "objcopy", "objdump", "strip", "readelf", "as"):
+            (programs / f"x86_64-buildroot-linux-gnu-{name}").symlink_to(shutil.which(name))
+        build = output / "build" / "linux-custom"
+        alone = [f"LINUX_{kind}DEPENDENCIES=" for kind in ("", "KCONFIG_", "EXTRACT_", "PATCH_")]
+        source = f"LINUX_OVERRIDE_SRCDIR={source}"
+        self.output("muenclave", source, *alone, build / ".stamp_kconfig_fixup_done")
+        compare = (sys.executable, "-B", BOARD / "kernel_config.py", "compare")
+        done = run(*compare, build / "muenclave.config", build / ".config")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        options = kernel.read_options((build / ".config").read_text())
+        line = (BOARD / "cmdline").read_text().strip()
+        self.assertEqual(kernel_config.unquoted(options["CMDLINE"]), line)
+        self.assertEqual(options["INITRAMFS_SOURCE"], kernel_config.INITRAMFS)
+
+    @unittest.skipUnless(shutil.which("fakeroot"), "needs fakeroot")
+    def test_buildroots_make_packs_our_root(self):
+        """By its own steps, twice, from a target folder that holds this machine's Python."""
+        output = self.folder / "muenclave_gpu"
+        programs = output / "host" / "bin"
+        programs.mkdir(parents=True, exist_ok=True)
+        (programs / "fakeroot").symlink_to(shutil.which("fakeroot"))
+        source = pathlib.Path(BUILDROOT, "package/makedevs/makedevs.c")
+        self.assertEqual(run("gcc", "-w", source, "-o", programs / "makedevs").returncode, 0)
+        (output / "target").mkdir()
+        make_target(output / "target")
+        (output / "images").mkdir(exist_ok=True)
+        make_images(output / "images", MODULES="y")
+        archive = output / "images" / "rootfs.cpio"
+        packed = []
+        for _ in range(2):
+            archive.unlink(missing_ok=True)
+            needs = ("ROOTFS_COMMON_DEPENDENCIES=", "ROOTFS_CPIO_DEPENDENCIES=rootfs-common")
+            self.output("muenclave_gpu", "-o", "target-finalize", *needs, archive)
+            packed.append(archive.read_bytes())
+        self.assertEqual(*packed)
+        entries = list(post_image.read_cpio(io.BytesIO(packed[0])))
+        self.assertEqual(post_image.faults(entries), [])
+        post_image.unpack(entries, self.folder / "unpacked")
+        manifest = measure.root_manifest(self.folder / "unpacked", RELEASE, 'loglevel=0 name="a b"')
+        found = {name: content for name, _, _, _, content in entries}
+        self.assertEqual(found[measure.MANIFEST], mp.encode_json(manifest))
+        self.assertIn("usr/lib/modules/1-nvidia-uvm.ko", found)
+
 
 if __name__ == "__main__":
     unittest.main()
