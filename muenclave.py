@@ -115,7 +115,7 @@ def libc():
 def check(result, what):
     """Raise OSError if a C call failed. seccomp's positive results are failures too."""
     if result != 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
 def drop_privileges(role, level):

@@ -62,16 +62,19 @@ class Host:
         facts |= {"microvm": False, "accelerator": "tcg", "kernel": None}
         self.flags, self.change = types.SimpleNamespace(**facts | flags), change
         self.processes, self.lines, self.news = [], [], threading.Condition()
+        self.has_ended = False
         self.port = vm.free_port()
 
     def start(self):
         """Power on."""
+        self.has_ended = False
         self.processes = [vm.start_tpm(self.folder / "state", self.folder)]
         command = self.change(vm.command_line(self.flags, self.port, self.folder))
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
         streams |= {"stderr": subprocess.STDOUT, "errors": "replace"}
         self.processes.append(vm.start(list(map(str, command)), **streams))
-        threading.Thread(target=self._read, args=self.processes[-1:], daemon=True).start()
+        self.reader = threading.Thread(target=self._read, args=self.processes[-1:], daemon=True)
+        self.reader.start()
 
     def _read(self, process):
         with process.stdout as lines:
@@ -80,7 +83,7 @@ class Host:
                     self.lines.append(line.strip())
                     self.news.notify_all()
         with self.news:
-            self.lines.append("(it has ended)")
+            self.has_ended = True
             self.news.notify_all()
 
     def wait_for(self, word, after=0):
@@ -90,21 +93,28 @@ class Host:
             return next((line for line in self.lines[after:] if word in line), None)
 
         with self.news:
-            self.news.wait_for(lambda: find() or "(it has ended)" in self.lines, guest.SECONDS)
+            self.news.wait_for(lambda: find() or self.has_ended, guest.SECONDS)
             assert find(), f"no {word!r}: it said {self.lines}"
             return find()
+
+    def wait_end(self):
+        """Wait until QEMU has ended by itself. AssertionError."""
+        self.reader.join(guest.SECONDS)
+        assert self.has_ended, f"it has not ended: it said {self.lines}"
 
     def kill(self):
         """Pull the plug."""
         for process in reversed(self.processes):
             process.kill()
             process.wait()
+        self.reader.join()
+        self.processes[0].stderr.close()  # the TPM's, which nobody has read
 
     def end(self):
         """End QEMU and the TPM, and forget them."""
-        vm.end(*reversed(self.processes))
-        for process in self.processes[:1]:  # the TPM's, which nobody has read
-            process.stderr.close()
+        if self.processes:
+            vm.end(*reversed(self.processes))
+            self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self):

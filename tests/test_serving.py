@@ -205,7 +205,7 @@ class Extras(unittest.TestCase):
             weights, extras = support.sealed_demo().model, built / "extras.squashfs"
             with host.Host(built, weights, folder / "tpm", extras=extras) as changed:
                 changed.wait_for("muenclave: error: can't mount /usr/lib/muenclave/extras")
-                changed.wait_for("(it has ended)")
+                changed.wait_end()
 
 
 if __name__ == "__main__":
