@@ -154,7 +154,8 @@ class Serving(unittest.TestCase):
         rest = answer.read()
         self.assertNotIn(b"[DONE]", rest)
         self.assertIn(b'"error"', rest)
-        self.assertEqual(self.ask(port, "GET", "/health")[0], 503)
+        is_told = lambda: self.ask(port, "GET", "/health")[0] == 503  # noqa: E731
+        self.assertTrue(guest.wait_until(is_told, 4 * muproxy.HEALTH_SECONDS))
         self.power_on()
         status, body = self.ask(port, "POST", "/v1/chat/completions", {"max_tokens": 8})
         self.assertEqual((status, "locked" in body), (503, True), body)
