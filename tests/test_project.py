@@ -340,7 +340,8 @@ class V(unittest.TestCase):
         self.assertEqual(self.run_suite(["sample.U"]), (0, "0 passed, 0 failed, 1 skipped"))
 
     def test_nothing_found_is_a_failure(self):
-        self.assertEqual(self.run_suite([]), (1, "0 passed, 0 failed, 0 skipped"))
+        found = self.run_suite(["sample", "-k", "no_such_test"])
+        self.assertEqual(found, (1, "0 passed, 0 failed, 0 skipped"))
 
 
 class Measure(unittest.TestCase):
