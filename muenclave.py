@@ -304,7 +304,8 @@ def guest_main(settings):
         mount("devtmpfs", "/dev", "devtmpfs", ONLY_DEVICES)
         os.dup2(os.open("/dev/ttyS0", os.O_WRONLY | os.O_NOCTTY), 2)
         sys.stderr = open(2, "w", encoding="ascii", errors="replace", closefd=False)
-        load_modules()
+        if os.path.exists(MODULES):
+            load_modules()
         mount("", "/dev", "", MS_REMOUNT | MS_BIND | MS_RDONLY | ONLY_DEVICES)
         if os.path.exists("/dev/dm-0"):  # without it the enclave can be verified, no more
             mount("/dev/dm-0", "/usr/lib/muenclave/extras", "squashfs", NO_DEVICES)
@@ -325,16 +326,13 @@ def mount(source, place, kind, flags, options=b""):
 
 
 def load_modules():
-    """Load the GPU's kernel modules, if there are any, and make its devices; then no more can be.
+    """Load the GPU's kernel modules and make its devices; from then on no more can be loaded.
 
     Signed with the kernel's own key, they are the only ones that it takes. Raises OSError.
     """
-    modules = sorted(os.listdir(MODULES)) if os.path.exists(MODULES) else []
-    for name in modules:
+    for name in sorted(os.listdir(MODULES)):
         with open(f"{MODULES}/{name}", "rb") as file:
             check(libc().syscall(FINIT_MODULE, file.fileno(), b"", 0), name)
-    if not modules:
-        return
     with open("/proc/devices", encoding="ascii") as file:
         majors = {words[1]: int(words[0]) for words in map(str.split, file) if len(words) == 2}
     cards = len(os.listdir("/proc/driver/nvidia/gpus"))
@@ -870,8 +868,10 @@ def gate_main(settings, control):
     """The gate process, from its first file to its last record."""
     try:
         gate = Gate(settings, control)
-        address = (settings["ENCLAVE_BIND"], int(settings["ENCLAVE_PORT"]))
-        listener = socket.create_server(address, backlog=256)
+        family, bind, port = socket.AF_INET, settings["ENCLAVE_BIND"], int(settings["ENCLAVE_PORT"])
+        if bind == "vsock":
+            family, bind = socket.AF_VSOCK, socket.VMADDR_CID_ANY
+        listener = socket.create_server((bind, port), family=family, backlog=256)
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         mp.warm_up()

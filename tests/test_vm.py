@@ -377,6 +377,25 @@ class Boot(unittest.TestCase):
 
 
 @unittest.skipIf(guest.MISSING, NEEDED)
+class Vsock(unittest.TestCase):
+    """A guest without an IP stack."""
+
+    @unittest.skipUnless(os.path.exists("/dev/vhost-vsock"), "needs vsock")
+    def test_handshake(self):
+        with tempfile.TemporaryDirectory() as folder:
+            image = guest.build(pathlib.Path(folder), "--no-extras", "--variant", "vsock")
+            with guest.Guest(image, support.sealed_demo().model, "--vsock", "7") as running:
+                running.wait_for("muenclave: locked")
+                with socket.socket(socket.AF_VSOCK) as connection:
+                    connection.connect((7, 9000))
+                    share, facts = mp.KeyShare(), {"version": mp.VERSION, "role": "owner"}
+                    facts |= {"nonce": "00" * 32, "share": share.public.hex(), "evidence": "tpm2"}
+                    connection.sendall(mp.frame(mp.encode_json(facts)))
+                    answer = mp.read_frame(connection, mp.HANDSHAKE_FRAME, support.SECONDS)
+                    mp.parse_message(answer, mp.MEASUREMENT)
+
+
+@unittest.skipIf(guest.MISSING, NEEDED)
 class Ending(unittest.TestCase):
     """Whatever ends, all of it ends."""
 

@@ -40,6 +40,7 @@ import muprotocol as mp  # noqa: E402
 LOCK = ROOT / "tools" / "image.lock"
 OUTPUT = ROOT / "build"
 COMMAND_LINE = rootfs.BOARD / "cmdline"
+SETTINGS = "etc/muenclave.conf"  # in the guest's root
 KERNEL_SOURCE = "linux-source-6.1"
 COMPARED_SOURCE = "linux-source-6.12"  # of the series that Buildroot builds: only its options count
 COMPARED_KERNEL = "linux-image-cloud-amd64"  # names the package of the kernel that bench.py boots
@@ -294,7 +295,7 @@ def build_kernel(variant, lock):
 # ---------------------------------------------------------------- root file system
 
 
-def build_rootfs(overlay, lock):
+def build_rootfs(overlay, lock, variant="tcp"):
     """The folder that holds `root`: the root file system, but for the manifest of an image."""
     debian = [package("debian", name, lock) for name in rootfs.DEBIAN]
     wheels = [package("wheels", name, lock) for name in rootfs.WHEELS]
@@ -302,6 +303,7 @@ def build_rootfs(overlay, lock):
     added = [file for file in (rootfs.BOARD, overlay) if file is not None]
     own += sorted(path for folder in added for path in folder.rglob("*") if path.is_file())
     hashes = [f"{path.name} {sha256(path)}" for path in (*debian, *wheels, *own)]
+    settings = "ENCLAVE_BIND=vsock\n" if variant == "vsock" else ""
 
     def make(folder):
         show("rootfs: unpacking")
@@ -312,10 +314,12 @@ def build_rootfs(overlay, lock):
         for path in sorted(overlay.rglob("*")) if overlay else ():
             if path.is_file():
                 rootfs.put(root / path.relative_to(overlay), path.read_bytes())
+        with open(root / SETTINGS, "a", encoding="utf-8") as file:
+            file.write(settings)
         rootfs.compile_python(unpacked, root)
         shutil.rmtree(unpacked)
 
-    folder = demo_model.cached(f"rootfs-{key(code(rootfs), *hashes)}", make)
+    folder = demo_model.cached(f"rootfs-{key(code(rootfs), settings, *hashes)}", make)
     facts = rootfs.facts(folder / "root")
     done(f"rootfs: {facts['files']} files, {facts['elf']} of them ELF, {facts['bytes']:,} bytes")
     return folder
@@ -386,7 +390,7 @@ def command_line(extras):
 
 def build_image(variant, overlay, extras, output, lock, with_microvm=False):
     """Link, write the disk and the reference values into the output folder."""
-    objects, files = build_kernel(variant, lock), build_rootfs(overlay, lock)
+    objects, files = build_kernel(variant, lock), build_rootfs(overlay, lock, variant)
     text, source = command_line(extras), kernel_source(lock)
     programs = code(kernel, measure, pcr, rootfs, sys.modules[__name__])
     name = key(objects.name, files.name, text, programs, with_microvm)
@@ -546,7 +550,7 @@ def main(argv=None):
         if flags.step == "kernel":
             build_kernel(flags.variant, lock)
         elif flags.step == "rootfs":
-            build_rootfs(flags.overlay, lock)
+            build_rootfs(flags.overlay, lock, flags.variant)
         elif flags.step == "extras":
             build_extras(lock)
         else:
