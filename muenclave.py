@@ -880,10 +880,10 @@ def gate_main(settings, control):
     except Exception as error:  # noqa: BLE001  whatever it is, init says it in one line
         control.send(b"e" + (str(error).partition("\n")[0] or repr(error)).encode()[:500])
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: setattr(gate, "is_draining", True))
     control.send(b"r")
     gate.log("listening", listener.getsockname()[1])
     gate.log("locked")
-    signal.signal(signal.SIGTERM, lambda *_: setattr(gate, "is_draining", True))
     welcome(gate, listener)
     listener.close()
     leave_by = time.monotonic() + LEAVE_SECONDS

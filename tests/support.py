@@ -26,6 +26,7 @@ TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import demo_model as demo  # noqa: E402
+import enclave as starter  # noqa: E402, F401  for the tests
 import measure  # noqa: E402, F401  for the tests
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off

@@ -28,7 +28,7 @@ import muenclave
 import muprotocol as mp
 import muproxy
 from tests import probe
-from tests.support import ROOT, SECONDS, Enclave, make_site, sealed_demo
+from tests.support import ROOT, SECONDS, Enclave, make_site, sealed_demo, starter
 
 CONFINED = ("gate", "loader", "engine")
 NULL = "/dev/null"
@@ -777,7 +777,7 @@ class Full(Folder):
             names = {word.split(b"=")[0].decode() for word in words if word}
             hidden = {"ENCLAVE_OWNER_PSK", "ENCLAVE_USER_PSK", "MODEL_PATH"}
             self.assertEqual(names & hidden, hidden if role == "gate" else set())
-            ours = set(muenclave.DEFAULTS) | set(muenclave.KEPT)
+            ours = set(muenclave.DEFAULTS) | set(starter.KEPT)
             ours |= {"HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR"}
             self.assertLessEqual(names, ours | {"LC_CTYPE"})
 
