@@ -40,4 +40,5 @@ def set_address():
 if __name__ == "__main__":
     load_modules()
     set_address()
+    del sys.argv[2:]  # QEMU adds a word about the initramfs
     sys.exit(muenclave.main())

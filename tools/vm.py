@@ -229,7 +229,7 @@ def follow(console, port, is_shown):
             print(text, flush=True)
         elif text.startswith("muenclave: error:"):
             say(f"the guest says: {text}")
-        if not is_known and text.startswith(LISTENING):
+        if not is_known and LISTENING in text:
             is_known = True
             say(f"the guest listens on 127.0.0.1:{port}" if port else "the guest listens")
 
