@@ -461,7 +461,7 @@ def with_enrolment(values, output):
     old = json.loads((output / "reference.json").read_text("utf-8"))
     pcrs = old.get("pcrs", {}) | values["pcrs"]
     kept = {"pcrs": pcrs, "withdrawn": withdrawn}
-    if "attestation_key" in old:
+    if {"root", "attestation_key"} <= old.keys():
         kept |= {"root": old["root"], "attestation_key": old["attestation_key"]}
     if "event_log" in old and pcrs == old["pcrs"]:
         kept["event_log"] = old["event_log"]

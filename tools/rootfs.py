@@ -153,7 +153,9 @@ def fill_extras(unpacked, root):
     All of it lies on the engine's path only, behind what the root file system holds.
     """
     for path in walk(unpacked / PACKAGES):
-        put(root / path.relative_to(unpacked / PACKAGES), path.read_bytes())
+        name = path.relative_to(unpacked / PACKAGES)
+        if name.parts[:2] != ("torch", "bin") or name.name == "torch_shm_manager":  # else tests
+            put(root / name, path.read_bytes())
     for entry in sorted((unpacked / PYTHON).iterdir()):
         if entry.stem in (*STANDARD_LIBRARY, *LEFT_OUT, "lib-dynload", *UNWANTED):
             continue
