@@ -45,9 +45,7 @@ from muprotocol import ProtocolError
 # In the guest from CONFIG_FILE, elsewhere from the environment, which tools/enclave.py fills in.
 
 CONFIG_FILE = "/etc/muenclave.conf"
-MANIFEST_FILE = (
-    "/etc/muenclave.manifest"  # what tools/measure.py measured, when the image was built
-)
+MANIFEST_FILE = "/etc/muenclave.manifest"  # what was measured when the image was built
 SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpm0  ENCLAVE_MEASUREMENT=
