@@ -904,14 +904,12 @@ class Enclave(unittest.TestCase):
     def test_start_without_a_tpm(self):
         command = [sys.executable, "-B", support.TOOLS / "enclave.py", "--port", "0"]
         command += ["--evidence", "tpm2", "--model", self.site.model]
-        for path, words in (
-            ("/nonexistent/tpm0", "No such file or directory: '/nonexistent/tpm0'"),
-            ("/dev/null", "the TPM has gone"),
+        for path, said in (
+            ("/nonexistent/tpm0", "enclave: error: ENCLAVE_TPM: no TPM at /nonexistent/tpm0\n"),
+            ("/dev/null", "muenclave: error: the TPM has gone\nmuenclave: stopped\n"),
         ):
             done = subprocess.run([*command, "--tpm", path], capture_output=True, text=True)
-            self.assertEqual((done.returncode, done.stdout), (1, ""))
-            line = rf"\Amuenclave: error: [^\n]*{words}\nmuenclave: stopped\n\Z"
-            self.assertRegex(done.stderr, line)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (1, "", said))
 
 
 def run_enroll(*arguments):
