@@ -181,10 +181,10 @@ class Serving(unittest.TestCase):
 
     def ask(self, port, method, path, options=None):
         """(status, body) of a request."""
-        connection = self.connect(port)
-        self.post(connection, options or {}, method, path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        with contextlib.closing(self.connect(port)) as connection:
+            self.post(connection, options or {}, method, path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
 
     def test_6_no_disk_has_changed(self):
         self.assertEqual([image.sha256(path) for path in self.disks], self.before)
