@@ -396,6 +396,7 @@ class Psk:
 
 TRANSIENT_HANDLES = range(0x80000000, 0x80000003)  # as many as every TPM has places for
 EVENT_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
+EVENT_LOG_LIMIT = 256 << 10  # bytes: firmware, the host's, can make it as long as it likes
 
 
 class Tpm2:
@@ -417,7 +418,7 @@ class Tpm2:
         reads = (mp.tpm_command(mp.TPM_CC_PCR_READ, b"", mp.pcr_selection(n)) for n in mp.PCRS)
         self._pcrs = b"".join(self._ask(read)[-32:] for read in reads)
         with contextlib.suppress(FileNotFoundError), open(EVENT_LOG, "rb") as file:
-            self.log = file.read()
+            self.log = file.read(EVENT_LOG_LIMIT)
 
     def _ask(self, command):
         """What follows the header of the response to a command. Raises OSError."""
@@ -660,7 +661,7 @@ class Session:
     def __init__(self, gate, connection):
         self.gate, self.connection, self.meter = gate, connection, gate.handshakes
         self.role = self.user = self.sealer = self.opener = None
-        self.is_busy = False
+        self.is_busy = self.is_known = False  # known: it has proved that it may be here
 
     def run(self):
         """Serve the peer. One that breaks the protocol hears no more than an error's code."""
@@ -669,7 +670,7 @@ class Session:
             try:
                 self.handshake()
                 self.prove(self.read(deadline - time.monotonic(), mp.HANDSHAKE_FRAME))
-                self.meter = self.gate.cells
+                self.meter, self.is_known = self.gate.cells, True
                 self.await_ready()
                 while True:
                     self.await_frame()
@@ -913,7 +914,7 @@ def welcome(gate, listener):
         with gate.lock:
             gate.sessions[session] = None
             if len(gate.sessions) > gate.limit:
-                leaves = next(s for s in gate.sessions if s.meter is gate.handshakes)
+                leaves = next(s for s in gate.sessions if not s.is_known)
                 del gate.sessions[leaves]
                 with contextlib.suppress(OSError):  # it has left already
                     leaves.connection.shutdown(socket.SHUT_RDWR)

@@ -68,6 +68,14 @@ def status(enclave=None):
         return session.ready
 
 
+def settled():
+    """Its status once a good client was served: by then all answers before have been charged."""
+    with shared.ready() as session:
+        send(session, SHORT)
+        assert finish(session)[1]["usage"]["completion_tokens"] == 8
+    return status()
+
+
 @contextlib.contextmanager
 def owner(enclave=None):
     """A session of the owner that changes nothing."""
@@ -254,13 +262,11 @@ class BadPeers(Case):
         ready()
 
     def setUp(self):
-        self.before = status()
+        self.before = settled()
 
     def tearDown(self):
         self.assertEqual(status(), self.before)
-        with shared.ready() as session:  # a good client
-            send(session, SHORT)
-            self.assertEqual(finish(session)[1]["usage"]["completion_tokens"], 8)
+        settled()
 
     def test_mutated_messages(self):
         gate = shared.pids()["gate"]
@@ -285,7 +291,7 @@ class BadPeers(Case):
                 self.assertEqual(finish(session)[1], {"error": code}, body)
         self.assertLess(memory(gate) - used, FLAT)
         self.assertEqual(shared.pids()["gate"], gate)
-        self.before = status()  # the answers were paid for
+        self.before = settled()  # the answers were paid for
 
     def pester(self, session, pairs):
         """Send what is wrong, many at a time, in a session that survives each."""
@@ -730,6 +736,33 @@ class Impatient(Case):
             self.assertFalse(pathlib.Path(f"/proc/{pids[role]}").exists(), role)
 
 
+class Talkative(Case):
+    """A build whose event log is as long as it can be, asked for by those who do not read it."""
+
+    def test_strangers_do_not_keep_the_owner_out(self):
+        build = folder / "talkative"
+        build.mkdir()
+        code = (ROOT / "muenclave.py").read_text()
+        assert code.count('log = b""  #') == 1
+        code = code.replace('log = b""  #', "log = bytes(256 << 10)  #")
+        (build / "muenclave.py").write_text(code)
+        shutil.copy(ROOT / "muprotocol.py", build)
+        measurement = mp.manifest_digest(measure.local_manifest(sys.executable, build))
+        reference = json.loads(site.reference.read_text()) | {"measurement": measurement}
+        (build / "reference.json").write_text(json.dumps(reference))
+        files = types.SimpleNamespace(**vars(site) | {"reference": build / "reference.json"})
+        with Enclave(files, "--sessions", "3", code=build) as enclave, contextlib.ExitStack() as s:
+            strangers = [
+                s.enter_context(contextlib.closing(enclave.session("owner"))) for _ in "abc"
+            ]
+            for stranger in strangers:
+                send(stranger, {"log": True})
+                self.assertTrue(muproxy.is_readable(stranger.link.socket, SECONDS))
+            self.assertEqual(enclave.unlock()["status"], "ready")
+            for stranger in strangers:  # cut off, long before all of it
+                self.assertLess(len(rest(stranger.link.socket)), 256 << 10)
+
+
 def draining(session):
     """Ask until the enclave takes no more requests."""
     final = {}
@@ -863,7 +896,7 @@ class Unlocking(Case):
         ready()
 
     def setUp(self):
-        self.before = status(), status(self.locked)
+        self.before = settled(), status(self.locked)
 
     def tearDown(self):
         self.assertEqual((status(), status(self.locked)), self.before)
@@ -1130,7 +1163,7 @@ class Records(Case):
         ready()
 
     def setUp(self):
-        self.gate, self.before = shared.pids()["gate"], status()
+        self.gate, self.before = shared.pids()["gate"], settled()
 
     def tearDown(self):
         self.assertEqual(status(), self.before)
@@ -1221,7 +1254,7 @@ class Records(Case):
                 while not (frames := self.frame(peer))[1]:
                     sizes.add(frames[0])
                 self.assertEqual(sizes | {frames[0]}, {mp.CELL})
-        self.before = status()  # the answers were paid for
+        self.before = settled()  # the answers were paid for
 
     def frame(self, session):
         """(bytes on the wire of the next record, whether it ends the step)."""
