@@ -39,6 +39,7 @@ SYSCALLS = {  # x86-64
     "modify_ldt": 154,
 }
 PTRACE_ATTACH, CLONE_NEWUSER = 16, 0x10000000
+FILTERED = "2"  # SECCOMP_MODE_FILTER, as /proc shows it
 TPM_ST_NO_SESSIONS, TPM_CC_PCR_READ, TPM_ALG_SHA256 = 0x8001, 0x17E, 0x0B
 
 
@@ -130,14 +131,18 @@ def gate():
 
 def capabilities(pid):
     """The sets of capabilities of a process's main thread: {name: hexadecimal}."""
+    return {name: value for name, value in status(pid).items() if name.startswith("Cap")}
+
+
+def status(pid):
+    """What the kernel tells of a process's main thread: {name: text}."""
     with open(f"/proc/{pid}/task/{pid}/status") as file:
-        rows = [line.split() for line in file if line.startswith("Cap")]
-    return {name.rstrip(":"): value for name, value in rows}
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
 def probe():
-    """All of it, once the gate listens."""
-    while not listening():
+    """All of it, once the gate listens and, some moments later, is confined."""
+    while not listening() or status(gate())["Seccomp"] != FILTERED:
         time.sleep(0.2)
     with open(PORT_FILE) as file:
         port = int(file.read())

@@ -393,12 +393,13 @@ def build_image(variant, overlay, extras, output, lock, with_microvm=False):
     objects, files = build_kernel(variant, lock), build_rootfs(overlay, lock, variant)
     text, source = command_line(extras), kernel_source(lock)
     programs = code(kernel, measure, pcr, rootfs, sys.modules[__name__])
-    name = key(objects.name, files.name, text, programs, with_microvm)
+    options = kernel.wanted(variant) | {"CMDLINE": kernel.quoted(text)}
+    options |= {"INITRAMFS_SOURCE": kernel.quoted("../rootfs.cpio.zst")}
+    linked = kernel.write_options(options)
+    name = key(objects.name, files.name, linked, programs, with_microvm)
 
     def make(folder):
         folder.mkdir()
-        options = kernel.wanted(variant) | {"CMDLINE": kernel.quoted(text)}
-        options |= {"INITRAMFS_SOURCE": kernel.quoted("../rootfs.cpio.zst")}
         release = kernel.release(objects)
         with tempfile.TemporaryDirectory(dir=folder.parent) as place:
             build, root = pathlib.Path(place, "build"), pathlib.Path(place, "root")
