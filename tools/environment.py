@@ -3,7 +3,9 @@
 Standard library only; runs under the Python that the user has, from 3.10 on.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -77,6 +79,27 @@ def run(command, failure):
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
         raise ToolError(f"{failure}: {errors[-1]}")
+
+
+def write_document(path, tool, content):
+    """Write what a tool measured as JSON, for tools/report.py: to a file, or if - to stdout.
+
+    A path of None writes nothing. The file is whole or not there. Raises ToolError.
+    """
+    if path is None:
+        return
+    text = json.dumps({"tool": tool, "version": 1, **content}, indent=1) + "\n"
+    if path == "-":
+        print(text, end="")
+        return
+    draft = pathlib.Path(f"{path}.new")
+    try:
+        draft.write_text(text, "utf-8")
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise ToolError(f"can't write {path}: {error.strerror}") from None
 
 
 def install_system(programs, say=print):
