@@ -20,6 +20,8 @@ PROGRAMS = {  # that tests run: package
     "swtpm_setup": "swtpm-tools",
     "tpm2_checkquote": "tpm2-tools",
     "pesign": "pesign",
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
 }
 PROGRAMS |= image.PROGRAMS | vm.PROGRAMS
 
