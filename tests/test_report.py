@@ -1,4 +1,4 @@
-"""tools/report.py: the README's tables are those of the measured files, and one page shows it all."""
+"""tools/report.py: the README's tables are those of the measured files; one page shows it all."""
 
 import json
 import pathlib
@@ -137,7 +137,8 @@ class Mistakes(unittest.TestCase):
             path.write_text(json.dumps({"tool": "bench", "version": 1}))
             done = run(path, "--output", path.with_suffix(".html"))
             self.assertEqual(done.returncode, 1)
-            self.assertRegex(done.stderr, r"\Areport: error: the document of bench is not whole[^\n]*\n\Z")
+            said = "the document of bench is not whole"
+            self.assertRegex(done.stderr, rf"\Areport: error: {said}[^\n]*\n\Z")
 
     def test_no_place_to_write(self):
         done = run("--output", "/nowhere/report.html")
