@@ -33,6 +33,12 @@ CONTENDERS = {  # of bench.py boot
     "kernel": "our kernel by `-kernel`",
     "debian": "Debian's cloud kernel by `-kernel`",
 }
+KINDS = {  # tool: fields that tell its kinds of documents apart
+    "attack_surface": ("verb",),
+    "exfil_timing": ("verb", "target"),
+    "fuzz_rpc": ("mode",),
+}
+CHARTED = "packages executables libraries scripts setuid services files python_lines".split()
 PROTOTYPE = "Implements these controls in software, as a prototype."
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1c1e; --soft: #5b636b; --paper: #fff; --line: #d8dde2;
@@ -86,8 +92,9 @@ def read_document(path):
 
 
 def kind_of(document):
-    """The key in SECTIONS: a tool and, where it has several kinds of documents, its verb."""
-    return " ".join(str(document[name]) for name in ("tool", "verb") if name in document)
+    """The key in SECTIONS: a tool, and what tells apart the kinds of documents that it has."""
+    names = ("tool", *KINDS.get(document.get("tool"), ()))
+    return " ".join(str(document[name]) for name in names if name in document)
 
 
 def read_documents(paths):
@@ -261,6 +268,90 @@ def budget_text(model, worst):
     return f"never: {model['budget']:,} bytes are {budget['share']:.0%} of its smallest form"
 
 
+def measure_text(measure):
+    """A measure of attack_surface.py as text."""
+    if measure is None:
+        return ""
+    return text_of(measure["count"]) if "count" in measure else text_of(measure)
+
+
+def compared(labels, columns):
+    """Rows of {metric: measure} columns: label, a text each, how many times the last is the first.
+
+    A ratio is only of what was measured in both. Metrics that no column has are left out.
+    """
+    rows = []
+    for metric, label in labels.items():
+        measures = [column.get(metric) for column in columns]
+        if any(measures):
+            first, last = ((one or {}).get("count") for one in (measures[0], measures[-1]))
+            ratio = f"{last / first:,.3g}×" if first and last is not None else ""
+            rows.append([label, *map(measure_text, measures), ratio])
+    return rows
+
+
+def comparisons(document):
+    """[(title, head, rows)] of `attack_surface.py compare`: of targets, of kernels, of our code."""
+    labels, parts = document["labels"], []
+    for title, key in (("system", "targets"), ("kernel", "kernels")):
+        names = [one["name"] for one in document[key]]
+        columns = [one["metrics"] for one in document[key]]
+        parts.append((title, [title, *names, "ratio"], compared(labels, columns)))
+    own = [row[:2] for row in compared(labels, [document["own"]["metrics"]])]
+    return [*parts, ("our code", ["our code", ""], own)]
+
+
+def attack_surface(document):
+    """Enclave and baseline side by side."""
+    targets = document["targets"]
+    groups = []
+    for metric in CHARTED:
+        counts = [(one["name"], one["metrics"][metric].get("count")) for one in targets]
+        if all(count is not None for _, count in counts):
+            row = [(name, count, text_of(count)) for name, count in counts]
+            groups.append((document["labels"][metric], row))
+    tables = [table(head, rows) for _, head, rows in comparisons(document)]
+    return "Attack surface", bars(groups) + "".join(tables)
+
+
+def meter(document):
+    """What a reader got of a meter over time, below what it may let out."""
+    step, rate, burst = document["trace"]["step"], document["rate"], document["burst"]
+    total, seen = 0, [(0, 0)]
+    for number, count in enumerate(document["trace"]["bytes"], 1):
+        total += count
+        seen.append((number * step, total))
+    end = seen[-1][0]
+    lines = [("seen", "bytes that left", seen)]
+    lines.append(("bound", "bytes that may leave", [(0, burst), (end, burst + rate * end)]))
+    text = f"{rate:,} bytes a second and {burst:,} at once are allowed. In {document['seconds']:.0f} "
+    text += f"seconds {document['bytes']:,} bytes left; the most beyond the rate in any window was "
+    text += f"{document['burst_seen']:,} bytes; the reader got {document['use']:.1%} of the rate."
+    rows = [[one["seconds"], one["bytes"], one["allowed"]] for one in document["windows"]]
+    parts = [element("p", html.escape(text)), chart(lines)]
+    parts.append(table(["window, seconds", "most bytes in it", "allowed"], rows))
+    title = f"Meter of the {document['target']}: it {document['verdict']}"
+    probe = document.get("probe")
+    if probe:
+        bits = probe["bits_per_second"]
+        told = "too few cells to say" if bits is None else f"{bits:.2f} bits a second"
+        bound = sum(probe["bound_bits_per_second"].values())
+        told = f"What lengths and moments of cells could signal: {told}; bound by construction "
+        parts.append(element("p", html.escape(f"{told}{bound:.2f}. {probe['source']}")))
+    return title, "".join(parts)
+
+
+def fuzzing(document):
+    """How much was tried, and what was found."""
+    rows = [[kind, count] for kind, count in sorted(document["by_kind"].items())]
+    text = f"{document['messages']:,} messages in {duration(document['seconds'])}, seed "
+    text += f"{document['seed']}: {len(document['findings'])} findings."
+    found = [[one["verdict"], one["case"], one["text"]] for one in document["findings"]]
+    parts = [element("p", html.escape(text)), table(["kind of message", "messages"], rows)]
+    parts += [table(["verdict", "case", "what"], found)] if found else []
+    return f"Fuzzing, {document['mode']}", "".join(parts)
+
+
 def boot(document):
     """Time to the handshake, sizes."""
     figures = document["boot"]
@@ -325,6 +416,7 @@ def markdown(text):
 
 
 SECTIONS = {  # kind of document: what makes its part of the page
+    "attack_surface compare": attack_surface,
     "exfil_timing analyze": exfiltration,
     "bench": boot,
 }
@@ -366,6 +458,12 @@ def rows_of(head, rows):
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(text_of, line)) + " |" for line in lines)
+
+
+def readme_comparison(documents):
+    """The tables of `attack_surface.py compare`."""
+    document = documents["attack_surface compare"]
+    return "\n\n".join(rows_of(head, rows) for _, head, rows in comparisons(document))
 
 
 def readme_exfiltration(documents):
@@ -411,6 +509,7 @@ def readme_controls(_):
 
 
 TABLES = {  # mark in the README: what makes the text under it
+    "comparison": readme_comparison,
     "exfiltration": readme_exfiltration,
     "controls": readme_controls,
     "boot": readme_boot,
