@@ -17,14 +17,25 @@ Exit status of analyze: 0; 1 for a mistake, told in one line.
 """
 
 import argparse
+import collections
+import contextlib
 import json
+import math
 import os
 import pathlib
+import secrets
+import select
+import socket
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 
 from environment import ROOT, ToolError
 
 sys.path.insert(0, str(ROOT))
+import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
@@ -268,6 +279,585 @@ def save(plt, chart, path):
     plt.close(chart)
 
 
+# ---------------------------------------------------------------- measure: what is counted
+# Every count stands between two moments: the bytes passed after the first and before the second.
+# What is claimed rests on these alone, so that a reader who wakes up late accuses nobody.
+
+LEAK = 0.05  # share of the bytes: a meter that forgets so many must be found out
+SATURATED = 0.99  # share of the rate that a reader must get before it can say that the meter holds
+WINDOWS = (0.1, 1, 10, 60)  # seconds
+TRACE = 200  # points of the meter trace
+
+Passed = collections.namedtuple("Passed", "after before count")  # ns, ns, bytes
+
+
+def most_over(events, rate):
+    """The most by which bytes certainly passed in a window exceed rate x its length. Bytes, >= 0.
+
+    events: [Passed], both moments in order. Over all pairs of events, exact, in one pass: the
+    window from event i to j holds S(j) - S(i - 1) in before(j) - after(i), where S sums the counts,
+    so that the greatest excess ending at j needs only the least of S(i - 1) - rate x after(i).
+    """
+    total, least, most = 0, 0, 0  # times NANOSECOND
+    for number, (after, before, count) in enumerate(events):
+        start = total * mp.NANOSECOND - rate * after
+        least = start if number == 0 else min(least, start)
+        total += count
+        most = max(most, total * mp.NANOSECOND - rate * before - least)
+    return most / mp.NANOSECOND
+
+
+def most_in(events, seconds):
+    """The most bytes that certainly passed within any window of so many seconds."""
+    length, first, held, most = int(seconds * mp.NANOSECOND), 0, 0, 0
+    for event in events:
+        held += event.count
+        while first < len(events) and event.before - events[first].after > length:
+            held -= events[first].count
+            first += 1
+        most = max(most, held)
+    return most
+
+
+def saturation(events, rate, over):
+    """(seconds, use) of the longest window, up to the last event, in which the rate was got.
+
+    use: (bytes - over) / (rate x seconds), where `over` is what came beyond the rate, a burst: it
+    must not pass for a reader that kept up. Without such a window: (0, use of the whole).
+    """
+    total, seconds, use, whole = 0, 0.0, 0.0, 0.0
+    for event in reversed(events):
+        total += event.count
+        length = (events[-1].before - event.after) / mp.NANOSECOND
+        whole = (total - over) / (rate * length) if length else 0.0
+        if whole >= SATURATED:
+            seconds, use = length, whole
+    return (seconds, use) if seconds else (0.0, max(0.0, whole))
+
+
+def least_leak(seconds, rate, allowed):
+    """The least share of the bytes that a meter may forget and be found out for certain.
+
+    One that forgets a share s passes at least rate x T / (1 - s) to who always asks for more,
+    whatever credit it had before; that must be more than rate x T + allowed.
+    """
+    return allowed / (rate * seconds + allowed)
+
+
+def needed_seconds(rate, allowed):
+    """How long a reader must get the rate to be certain of a LEAK."""
+    return allowed * (1 - LEAK) / (LEAK * rate)
+
+
+def judge(events, rate, burst, held=0):
+    """The figures of a run, an object as in the module's docstring.
+
+    held: bytes that the kernels may hold before who is measured takes them. exceeds: in some window
+    more passed for certain than rate x T + burst + held. holds: it did not, and a LEAK would have
+    been found out. not decided: neither; the run was too short, or did not get the rate.
+    """
+    allowed, seconds = burst + held, 0
+    if events:
+        seconds = (events[-1].before - events[0].after) / mp.NANOSECOND
+    over = most_over(events, rate)
+    saturated, use = saturation(events, rate, over)
+    leak = least_leak(saturated, rate, allowed)
+    lengths = [length for length in WINDOWS if length <= seconds]
+    windows = [
+        {"seconds": n, "bytes": most_in(events, n), "allowed": rate * n + allowed} for n in lengths
+    ]
+    return {
+        "verdict": "exceeds" if over > allowed else "holds" if leak <= LEAK else "not decided",
+        "rate": rate,
+        "burst": burst,
+        "held": held,
+        "seconds": seconds,
+        "bytes": sum(event.count for event in events),
+        "use": use,
+        "saturated_seconds": saturated,
+        "burst_seen": over,
+        "least_leak": leak,
+        "needed_seconds": needed_seconds(rate, allowed),
+        "windows": windows,
+        "trace": trace(events),
+    }
+
+
+def trace(events):
+    """{"step": seconds, "bytes": [...]}: what passed in each of up to TRACE equal steps."""
+    if not events:
+        return {"step": 0, "bytes": []}
+    begin = events[0].after
+    step = max(1, -(-(events[-1].before - begin) // TRACE))
+    counts = collections.Counter()
+    for event in events:
+        counts[min((event.before - begin) // step, TRACE - 1)] += event.count
+    return {"step": step / mp.NANOSECOND, "bytes": [counts[n] for n in range(max(counts) + 1)]}
+
+
+# ---------------------------------------------------------------- measure: the tap
+
+POLL_SECONDS = 0.002  # the longest time between two looks: it widens what a count stands between
+LARGE_BUFFER = 1 << 20  # bytes: nothing waits on the enclave's side for a reader to wake up
+SMALL_BUFFER = 4 << 10
+
+
+class Flow:
+    """One connection through a tap. frames: [(ns, payload bytes)] from the enclave, whole ones."""
+
+    def __init__(self, client, enclave):
+        self.client, self.enclave = client, enclave
+        self.to_client, self.to_enclave = bytearray(), bytearray()
+        self.is_ended = False  # by the enclave: what it said is still passed on
+        self.frames, self._head, self._left = [], b"", 0
+
+    def split(self, data, now):
+        """Follow the frames in what the enclave says."""
+        while data:
+            if not self._left:
+                missing = mp.FRAME_HEADER - len(self._head)
+                self._head, data = self._head + data[:missing], data[missing:]
+                if len(self._head) < mp.FRAME_HEADER:
+                    return
+                self._left, self._size = [int.from_bytes(self._head, "big")] * 2
+                self._head = b""
+            taken = min(self._left, len(data))
+            self._left, data = self._left - taken, data[taken:]
+            if not self._left:
+                self.frames.append((now, self._size))
+
+
+class Tap(threading.Thread):
+    """A TCP relay before an enclave that counts, with moments, what comes out of it.
+
+    is_paced False: it takes all that the enclave gives, at once; an event lies between the last
+    moment at which nothing was there and that at which all was read. is_paced True: it takes only
+    what its client takes, in small pieces; an event lies around the call that handed it over.
+    events: [Passed]. flows: every Flow so far. problem: why a connection could not be made.
+    """
+
+    def __init__(self, target, listen=("127.0.0.1", 0), is_paced=False):
+        super().__init__(daemon=True)
+        self.target, self.is_paced = target, is_paced
+        self.events, self.flows, self.open, self.problem = [], [], [], None
+        self.listener = socket.create_server(listen, backlog=128)
+        if is_paced:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+        self.listener.setblocking(False)
+        self.address = self.listener.getsockname()
+        self._is_over = False
+
+    def run(self):
+        """Relay until `close`."""
+        nothing_since = time.monotonic_ns()  # at this moment nothing was there to be read
+        while not self._is_over:
+            began = time.monotonic_ns()
+            self.wait()
+            count = sum(map(self.serve, list(self.open)))
+            if not self.is_paced and count:
+                self.events.append(Passed(nothing_since, time.monotonic_ns(), count))
+            nothing_since = began
+            self.accept()
+        for flow in list(self.open):
+            self.end(flow)
+
+    def wait(self):
+        """Until a connection has something to do, or for a moment."""
+        poll = select.poll()
+        poll.register(self.listener, select.POLLIN)
+        for flow in self.open:
+            give = select.POLLOUT if flow.to_client else 0
+            poll.register(flow.client, select.POLLIN | give)
+            take = 0 if flow.is_ended or (self.is_paced and flow.to_client) else select.POLLIN
+            poll.register(flow.enclave, take | (select.POLLOUT if flow.to_enclave else 0))
+        poll.poll(POLL_SECONDS * 1000)
+
+    def accept(self):
+        """Take new connections, and make each its own to the enclave."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = self.listener.accept()[0]
+                buffer = SMALL_BUFFER if self.is_paced else LARGE_BUFFER
+                try:
+                    enclave = muproxy.connect(self.target, buffer, muproxy.CONNECT_SECONDS)
+                except OSError as error:
+                    self.problem = error.strerror or str(error)
+                    client.close()
+                    continue
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for connection in (client, enclave):
+                    connection.setblocking(False)
+                self.open.append(Flow(client, enclave))
+                self.flows.append(self.open[-1])
+
+    def serve(self, flow):
+        """Pass on what there is, both ways. Returns how many bytes the enclave gave."""
+        count = 0
+        try:
+            with contextlib.suppress(BlockingIOError):
+                flow.to_enclave += self.receive(flow.client, LARGE_BUFFER)
+            with contextlib.suppress(BlockingIOError):
+                del flow.to_enclave[: flow.enclave.send(flow.to_enclave)]
+            with contextlib.suppress(BlockingIOError):
+                while not flow.is_ended and not (self.is_paced and flow.to_client):
+                    data = self.receive(flow.enclave, mp.CELL if self.is_paced else LARGE_BUFFER)
+                    count += len(data)
+                    flow.split(data, time.monotonic_ns())
+                    flow.to_client += data
+        except EOFError:
+            flow.is_ended = True
+        except OSError:
+            self.end(flow)
+            return count
+        self.give(flow)
+        return count
+
+    def receive(self, connection, size):
+        """What there is. Raises BlockingIOError, EOFError."""
+        data = connection.recv(size)
+        if not data:
+            raise EOFError
+        return data
+
+    def give(self, flow):
+        """Hand on to the client what it takes; end what has ended."""
+        try:
+            began = time.monotonic_ns()
+            sent = flow.client.send(flow.to_client) if flow.to_client else 0
+            if self.is_paced and sent:
+                self.events.append(Passed(began, time.monotonic_ns(), sent))
+            del flow.to_client[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            flow.is_ended, flow.to_client = True, b""
+        if flow.is_ended and not flow.to_client:
+            self.end(flow)
+
+    def end(self, flow):
+        """Close both sides of a connection."""
+        for connection in (flow.client, flow.enclave):
+            connection.close()
+        if flow in self.open:
+            self.open.remove(flow)
+
+    def close(self):
+        """End all connections, and the thread."""
+        self._is_over = True
+        if self.is_alive():
+            self.join()
+        self.listener.close()
+
+
+# ---------------------------------------------------------------- measure: who reads
+# Each works until `over` is set; what fails for a while is tried again, what fails for good ends
+# the run.
+
+LONG = {"temperature": 10, "seed": 1}  # all but noise: an answer's end is not in sight
+PROMPT = "The"
+FREE = 1 << 40  # bytes a second, and at once: no meter on the reader's side
+STRANGERS, OWNERS = 3, 2
+PASSING = ("busy", "timeout", "connection_lost", "engine_lost")
+RETRY_SECONDS = 0.2
+HTTP_SECONDS = 120
+
+
+class Load:
+    """Readers, a thread each. over: set when they are to end. failure: what ended the run."""
+
+    def __init__(self):
+        self.over, self.failure, self.last = threading.Event(), None, None
+
+    def start(self, work, count=1):
+        """Let so many threads do `work(over)` again and again."""
+        for _ in range(count):
+            threading.Thread(target=self.repeat, args=(work,), daemon=True).start()
+
+    def repeat(self, work):
+        """A reader's thread."""
+        while not self.over.is_set():
+            try:
+                work(self.over)
+            except (OSError, EOFError) as error:
+                self.last = getattr(error, "strerror", None) or str(error)
+            except (mp.ProtocolError, muproxy.Failure, ToolError) as error:
+                self.last = str(error)
+                if getattr(error, "code", None) not in PASSING and not self.over.is_set():
+                    self.failure = self.failure or self.last
+                    self.over.set()
+            self.over.wait(RETRY_SECONDS)
+
+
+def open_session(address, flags, role):
+    """A verified session through the tap, without a meter of its own. ProtocolError, Failure."""
+    psk = flags.owner_psk if role == "owner" else flags.psk
+    return muproxy.Session(address, flags.reference, psk, role, muproxy.Inlet(FREE, FREE))
+
+
+def answers(address, flags, on_start=lambda: None):
+    """Work: a user who wants an answer that does not end, and then the next one."""
+
+    def work(over):
+        with contextlib.closing(open_session(address, flags, "user")) as session:
+            session.prove({"token": flags.token_file})
+            on_start()
+            request = LONG | {"prompt": PROMPT}
+            while not over.is_set():
+                collections.deque(session.generate(request, flags.vocabulary), 0)
+
+    return work
+
+
+def status_polls(address, flags):
+    """Work: an owner who asks for the status all the time."""
+
+    def work(over):
+        with contextlib.closing(open_session(address, flags, "owner")) as session:
+            session.prove(flags.unlock)
+            while not over.is_set():
+                session.command({"status": True})
+
+    return work
+
+
+def handshakes(address, flags):
+    """Work: a stranger who shakes hands, and does no more."""
+    share = mp.KeyShare().public.hex()
+    facts = {"version": mp.VERSION, "role": "user", "evidence": flags.reference["kind"]}
+
+    def work(over):
+        challenge = facts | {"nonce": secrets.token_hex(32), "share": share}
+        with socket.create_connection(address, muproxy.CONNECT_SECONDS) as connection:
+            connection.sendall(mp.frame(mp.encode_json(challenge)))
+            for _ in range(2):
+                mp.read_frame(connection, mp.HANDSHAKE_FRAME, muproxy.HANDSHAKE_SECONDS)
+
+    return work
+
+
+def http_answers(flags):
+    """Work: a client of the proxy's HTTP API who streams an answer that does not end."""
+
+    def work(over):
+        with ask(flags, "/v1/models") as reply:
+            model = json.load(reply)["data"][0]["id"]
+        body = LONG | {"model": model, "stream": True}
+        body |= {"messages": [{"role": "user", "content": PROMPT}]}
+        with ask(flags, "/v1/chat/completions", body) as reply:
+            while not over.is_set() and reply.readline():
+                pass
+
+    return work
+
+
+def ask(flags, path, body=None):
+    """The response of the proxy's HTTP API. Raises OSError, ToolError for a token it refuses."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {flags.token_file}", "Content-Type": "application/json"}
+    request = urllib.request.Request(flags.proxy.rstrip("/") + path, data, headers)
+    try:
+        return urllib.request.urlopen(request, timeout=HTTP_SECONDS)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code in (400, 401, 404):
+                raise ToolError(f"the proxy answers {error.code}: {error.reason}") from None
+            raise OSError(f"the proxy answers {error.code}") from None
+    except urllib.error.URLError as error:
+        raise OSError(f"the proxy at {flags.proxy}: {error.reason}") from None
+
+
+# ---------------------------------------------------------------- measure: the timing probe
+# What an engine could tell an observer of the line who can't read the cells, by their lengths and
+# moments. Lengths are constant by construction; moments are ticks of the gate's clock, of which a
+# cell leaves or does not. The estimate is of the entropy in what was seen: what it could have told
+# if every variation had been a signal and none had been noise. An engine that wants to tell may do
+# more, up to the bound by construction: a bit for each tick of an open reply, and for who reads the
+# cells log2 of the number of ids that one may hold. For channels whose sender chooses moments and
+# whose noise is a queue: Anantharam and Verdu, "Bits through queues", IEEE Transactions on
+# Information Theory 42(1), 1996.
+
+MOST_ORDER = 4
+SAMPLES = 30  # for each value that occurs, before an estimate rests on it
+RESOLUTION = 1_000_000  # ns: of a moment within its tick
+PROBE_SOURCE = (
+    "entropy of the gaps between cells in ticks, given as many gaps before as the samples allow; "
+    "plug-in with the Miller-Madow correction (Miller 1955)"
+)
+
+
+def entropy(values):
+    """Entropy of what the values are drawn from, bits a value, from the values (hashable).
+
+    Plug-in estimate with the correction of Miller and Madow, (m - 1) / 2n nats for m of n values
+    distinct (Miller, "Note on the bias of information estimates", 1955). Too low where n is not
+    much greater than the number of values that can occur.
+    """
+    counts, n = collections.Counter(values), len(values)
+    if n == 0:
+        return 0.0
+    plain = sum(count / n * math.log2(n / count) for count in counts.values())
+    return plain + (len(counts) - 1) / (2 * n * math.log(2))
+
+
+def entropy_rate(values):
+    """(bits a value given the `order` values before it, order), for a stationary source.
+
+    H(order + 1 values) - H(order values), never less than 0, with the highest order up to
+    MOST_ORDER for which there are SAMPLES of each block that occurs. It falls to the entropy rate
+    as the order grows (Cover and Thomas, Elements of Information Theory, 4.2).
+    """
+    blocks = [list(zip(*(values[n:] for n in range(size)))) for size in range(1, MOST_ORDER + 2)]
+    enough = [len(block) >= SAMPLES * len(set(block)) for block in blocks]
+    order = max(0, enough.index(False) - 1 if False in enough else MOST_ORDER)
+    before = entropy(blocks[order - 1]) if order else 0.0
+    return max(0.0, entropy(blocks[order]) - before), order
+
+
+def tick_of(rate):
+    """The gate's tick under a lease of this rate, ns."""
+    share = rate - rate // muenclave.HANDSHAKE_SHARE
+    return max(muenclave.SHORTEST_TICK, mp.CELL * mp.NANOSECOND // share)
+
+
+def probe(frames, rate, id_bits):
+    """The figures of a timing probe from one answer's cells, as in the module's docstring.
+
+    frames: [(ns, payload bytes)]. rate: of the lease. id_bits: of the model's ids, 0 if unknown.
+    """
+    tick, moments = tick_of(rate), [when for when, _ in frames]
+    lengths = collections.Counter(size + mp.FRAME_HEADER for _, size in frames)
+    gaps = [round((b - a) / tick) for a, b in zip(moments, moments[1:])]
+    seconds = (moments[-1] - moments[0]) / mp.NANOSECOND if gaps else 0
+    by_moment, order = entropy_rate(gaps)
+    by_length = entropy([size for _, size in frames])
+    within = [when % tick // RESOLUTION for when in moments]
+    is_enough = len(within) >= SAMPLES * len(set(within))
+    fills = mp.CELL_ROOM * 8 // id_bits if id_bits else 0
+    bound = {"moments": mp.NANOSECOND / tick}
+    bound["fill"] = math.log2(max(1, fills)) * bound["moments"]
+    return {
+        "source": PROBE_SOURCE,
+        "cells": len(frames),
+        "seconds": seconds,
+        "tick_seconds": tick / mp.NANOSECOND,
+        "lengths": {str(size): count for size, count in sorted(lengths.items())},
+        "gaps": {str(gap): count for gap, count in sorted(collections.Counter(gaps).items())},
+        "order": order,
+        "length_bits_per_cell": by_length,
+        "gap_bits_per_cell": by_moment,
+        "bits_per_second": (by_length + by_moment) * len(gaps) / seconds if seconds else None,
+        "within_tick_bits_per_cell": entropy(within) if is_enough and within else None,
+        "bound_bits_per_second": bound,
+    }
+
+
+# ---------------------------------------------------------------- measure: the run
+
+LOOK_SECONDS = 0.5  # between two looks at whether it is decided
+STATUSES = {"holds": 0, "exceeds": 1, "not decided": 3}
+
+
+def saturate(tap, works, flags, held):
+    """Read as fast as the meter allows until it is decided; the figures of `judge`. ToolError.
+
+    works: [(work, threads)]. held: how many bytes the kernels may hold, a function.
+    """
+    load, began = Load(), time.monotonic()
+    tap.start()
+    for work, count in works:
+        load.start(work, count)
+    try:
+        while not load.over.wait(LOOK_SECONDS):
+            seconds = time.monotonic() - began
+            verdict = judge(list(tap.events), flags.rate, flags.burst, held())["verdict"]
+            is_enough = verdict == "holds" and seconds >= flags.seconds
+            if verdict == "exceeds" or is_enough or seconds >= flags.limit:
+                break
+    finally:
+        load.over.set()
+        tap.close()
+    figures = judge(tap.events, flags.rate, flags.burst, held())
+    if load.failure and figures["verdict"] != "exceeds":
+        raise ToolError(f"after {figures['seconds']:.0f} s: {load.failure}")
+    if not tap.events:
+        why = tap.problem or load.last or "nobody asked it for anything"
+        raise ToolError(f"nothing came from the enclave: {why}")
+    return figures
+
+
+def measure_enclave(flags):
+    """The figures of `measure` for an enclave. Raises ToolError, Failure, ProtocolError."""
+    with contextlib.closing(Tap(flags.enclave)) as tap:
+        works = [(handshakes(tap.address, flags), STRANGERS)]
+        if flags.token_file:
+            works.append((answers(tap.address, flags), flags.sessions))
+        if flags.unlock:
+            works.append((status_polls(tap.address, flags), OWNERS))
+        figures = saturate(tap, works, flags, lambda: 0)
+    figures["probe"] = None
+    if flags.token_file and flags.probe_seconds and figures["verdict"] != "exceeds":
+        figures["probe"] = run_probe(flags)
+    return figures
+
+
+def run_probe(flags):
+    """The figures of a timing probe: one answer alone, for a while. ToolError."""
+    load, started = Load(), []
+    with contextlib.closing(Tap(flags.enclave)) as tap:
+        tap.start()
+        begin = lambda: started.append(time.monotonic_ns())  # noqa: E731
+        load.start(answers(tap.address, flags, begin))
+        load.over.wait(flags.probe_seconds)
+        load.over.set()
+    if load.failure or not started:
+        raise ToolError(f"the timing probe got no answer: {load.failure or load.last}")
+    frames = [frame for flow in tap.flows for frame in flow.frames if frame[0] >= started[0]]
+    return probe(frames, flags.rate, flags.vocabulary.bits)
+
+
+def measure_proxy(flags):
+    """The figures of `measure` for a proxy whose enclave is our tap. ToolError."""
+    with contextlib.closing(Tap(flags.enclave, flags.listen, is_paced=True)) as tap:
+        sent = tap.listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        each = sent + 2 * muproxy.Inlet(flags.rate).buffer  # Linux doubles what is asked for
+        works = [(http_answers(flags), flags.sessions)]
+        return saturate(tap, works, flags, lambda: len(tap.flows) * each) | {"probe": None}
+
+
+def show_measure(figures):
+    """Print the figures of `measure`."""
+    allowed = figures["burst"] + figures["held"]
+    held = f" + {figures['held']:,} held by kernels" if figures["held"] else ""
+    print(f"stated: in any T seconds {figures['rate']:,} T + {figures['burst']:,}{held} bytes")
+    print(f"passed: {figures['bytes']:,} bytes in {figures['seconds']:.1f} s; ", end="")
+    print(f"at most {figures['burst_seen']:,.0f} over the rate, of {allowed:,} allowed")
+    for window in figures["windows"]:
+        print(f"  in {window['seconds']:g} s at most {window['bytes']:,} bytes, ", end="")
+        print(f"of {window['allowed']:,.0f} allowed")
+    print(f"a meter that forgets {figures['least_leak']:.1%} of the bytes would have been caught")
+    if figures["probe"]:
+        show_probe(figures["probe"])
+    print(f"verdict: {figures['verdict']}")
+    if figures["verdict"] == "not decided":
+        print(
+            f"  the reader got {figures['use']:.0%} of the rate, {SATURATED:.0%} is wanted, for ",
+            end="",
+        )
+        print(f"up to {figures['needed_seconds']:.0f} s; more --sessions or a longer --limit")
+
+
+def show_probe(figures):
+    """Print the figures of a timing probe."""
+    lengths, bound = ", ".join(figures["lengths"]) or "none", figures["bound_bits_per_second"]
+    print(f"timing of one answer: {figures['cells']} cells in {figures['seconds']:.1f} s, ", end="")
+    print(f"ticks of {1000 * figures['tick_seconds']:.0f} ms, bytes of a cell: {lengths}")
+    seen = figures["bits_per_second"]
+    seen = "not computed: too few cells" if seen is None else f"at most {seen:.2f} bits/s"
+    print(f"  seen: {seen}, had every variation been a signal ({figures['source']})")
+    print(f"  bound: {bound['moments']:.1f} bits/s by which ticks have a cell, ", end="")
+    print(f"{bound['fill']:.1f} by how many ids it holds, for each open reply")
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -297,6 +887,37 @@ def run_analyze(flags):
         draw_analysis(figures, flags.plot)
     write(figures, flags.json, show_analysis)
     return 0
+
+
+FILES = {
+    "reference": "reference values of the enclave",
+    "psk": "a user's provisioning secret, for kind psk",
+    "token-file": "an access token of the lease: ask for answers",
+    "vocabulary": "token table (.vocab), with an access token",
+    "model": "the sealed model, with the weights key",
+    "key": "the weights key: ask for the status as its owner, too",
+    "passphrase-file": "of a wrapped key",
+}
+
+
+def run_measure(flags):
+    """`measure`. Returns the exit status. Raises ToolError, Failure, ProtocolError, OSError."""
+    if flags.proxy:
+        if not flags.listen or not flags.token_file:
+            raise ToolError("--proxy needs --listen, where it looks for its enclave, --token-file")
+        figures = measure_proxy(flags)
+    else:
+        if not flags.reference:
+            raise ToolError("nothing to verify the enclave against: --reference FILE")
+        if bool(flags.token_file) != bool(flags.vocabulary):
+            raise ToolError("answers need both --token-file and --vocabulary")
+        if not flags.token_file and not flags.key:
+            raise ToolError("nothing to ask for: --token-file and --vocabulary, --key, or both")
+        flags.unlock = muproxy.read_owner(flags) if flags.key else None
+        figures = measure_enclave(flags)
+    target = "proxy" if flags.proxy else "enclave"
+    write({**header("measure"), "target": target, **figures}, flags.json, show_measure)
+    return STATUSES[figures["verdict"]]
 
 
 def write(figures, path, show):
@@ -331,13 +952,45 @@ def make_parser():
     verb.add_argument("--budget", type=number(int, 0, 1 << 60), help=text)
     verb.add_argument("--plot", metavar="FILE", help="draw a chart, .svg or .png")
     verb.add_argument("--json", metavar="FILE", help="write the figures, - to standard output")
+    add_measure(verbs)
     return parser
+
+
+def add_measure(verbs):
+    """The flags of `measure`; files that can't be read end in muproxy's own words."""
+    about = "what an enclave or a proxy lets out, from outside; it spends the lease's budget"
+    verb = verbs.add_parser("measure", help=about, description=about, allow_abbrev=False)
+    verb.set_defaults(run=run_measure)
+    address = {"type": muproxy.address_of, "metavar": "HOST:PORT"}
+    verb.add_argument("--enclave", required=True, help="where it listens", **address)
+    text = "measure this proxy, URL of its HTTP API, which must reach the enclave by --listen"
+    verb.add_argument("--proxy", metavar="URL", help=text)
+    verb.add_argument("--listen", help="where the counting relay listens for the proxy", **address)
+    files = {name: muproxy.FLAGS[name][0] for name in FILES}
+    for name, text in FILES.items():
+        verb.add_argument(f"--{name}", type=files[name], metavar="FILE", help=text)
+    verb.add_argument("--owner-psk", type=muproxy.read_secret, metavar="FILE", help="the owner's")
+    text = "send the weights key to an enclave whose evidence says too little"
+    verb.add_argument("--development", action="store_true", help=text)
+    text = f"stated bytes a second ({mp.DEFAULT_RATE})"
+    verb.add_argument("--rate", type=number(int, 64, 1 << 40), default=mp.DEFAULT_RATE, help=text)
+    text = f"stated bytes at once ({mp.DEFAULT_BURST})"
+    verb.add_argument("--burst", type=number(int, 1, 1 << 40), default=mp.DEFAULT_BURST, help=text)
+    text = "answers at once (4)"
+    verb.add_argument("--sessions", type=number(int, 1, 64), default=4, help=text)
+    text = "measure at least so long (until it is decided)"
+    verb.add_argument("--seconds", type=number(float, 0, 1e6), default=0, help=text)
+    text = "give up undecided after so many seconds (600)"
+    verb.add_argument("--limit", type=number(float, 1, 1e6), default=600, help=text)
+    text = "of the timing probe, 0 for none (20)"
+    verb.add_argument("--probe-seconds", type=number(float, 0, 1e6), default=20, help=text)
+    verb.add_argument("--json", metavar="FILE", help="write the figures, - to standard output")
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    flags = make_parser().parse_args(argv)
     try:
+        flags = make_parser().parse_args(argv)
         return flags.run(flags)
     except (ToolError, muproxy.Failure, mp.ProtocolError) as error:
         text = str(error)

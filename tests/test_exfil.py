@@ -1,0 +1,421 @@
+"""tools/exfil_timing.py: its numbers by hand and by brute force, its verdicts on real enclaves and
+proxies, among them some with a meter that was broken on purpose.
+"""
+
+import collections
+import json
+import math
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree as ElementTree
+
+import muprotocol as mp
+import muproxy
+from tests import support
+
+sys.path.insert(0, str(support.TOOLS))
+
+import exfil_timing as exfil  # noqa: E402
+
+TOOL = [sys.executable, "-B", str(support.TOOLS / "exfil_timing.py")]
+SECOND = mp.NANOSECOND
+LIMIT = str(support.SECONDS)
+site = folder = None
+
+
+def setUpModule():
+    global site, folder
+    holder = tempfile.TemporaryDirectory()
+    unittest.addModuleCleanup(holder.cleanup)
+    folder = pathlib.Path(holder.name)
+    site = support.make_site(folder)
+
+
+def run(*arguments, python=()):
+    """Run the tool to its end. Returns the finished process."""
+    command = [TOOL[0], *python, *TOOL[1:], *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * support.SECONDS)
+
+
+def times_of(*arguments):
+    """{compression: entry} of the only model at the only rate, and the whole document."""
+    done = run("analyze", *arguments, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (model,) = document["models"]
+    return {entry["compression"]: entry for entry in model["times"]}, document
+
+
+class Mistake(unittest.TestCase):
+    """Helper: a mistake is told in one line."""
+
+    def assertMistake(self, done, text, status=1):
+        self.assertEqual((done.returncode, done.stdout), (status, ""), done.stderr)
+        self.assertRegex(done.stderr, r"\Aexfil_timing: error: [^\n]+\n\Z")
+        self.assertIn(text, done.stderr)
+
+
+class Analyze(Mistake):
+    """Times against a calculation by hand."""
+
+    def test_the_seed_s_case(self):
+        """6 GB at 5 KB/s: 1,200,000 s, which are 13.9 days; 100 times smaller, 3 h 20 min."""
+        times, document = times_of("--model", "seed=6000000000", "--rate", "5000")
+        self.assertEqual([times[factor]["raw"] for factor in (1, 16, 100)], [1.2e6, 75e3, 12e3])
+        seed = {"bytes": 6 * 10**9, "rate": 5000, "seconds": 1.2e6}
+        seed["compressed"] = {"16": 75e3, "100": 12e3}
+        self.assertEqual(document["seed"], seed)
+        told = run("analyze", "--model", "3B", "--rate", "5000").stdout
+        row = next(line for line in told.splitlines() if line.startswith("3B"))
+        for text in ("6,000,000,000", "13.9 days", "20.8 hours", "3.3 hours"):
+            self.assertIn(text, row)
+        self.assertIn(
+            "6 GB at 5 KB/s: 13.9 days; compressed 16x: 20.8 hours, 100x: 3.3 hours", told
+        )
+
+    def test_columns(self):
+        """8 MB at 1,000 bytes/s: 8,000 s; 4 enclaves, audit that leaves 2 %, budget 8,000 bytes."""
+        flags = ("--model", "m=8000000", "--rate", "1000", "--enclaves", "4", "--residue", "0.02")
+        times, document = times_of(*flags, "--compression", "100")
+        entry = times[100]
+        self.assertEqual((entry["raw"], entry["enclaves"], entry["audited"]), (80, 20, 4000))
+        within = {"seconds": 8, "share": 0.1, "is_enough": False}
+        self.assertEqual(entry["budget"], within)
+        self.assertEqual(document["models"][0]["budget"], 8000)
+        self.assertEqual(document["audit"], {"residue": 0.02, "source": "given"})
+        told = run("analyze", *flags).stdout
+        self.assertIn("never: it ends at 8,000 bytes, 10.00% of the smallest", told)
+        for name in exfil.ASSUMPTIONS:
+            self.assertIn(f"\n{name}: ", told)
+
+    def test_a_budget_that_is_enough(self):
+        times, _ = times_of("--model", "m=8000000", "--rate", "1000", "--compression", "2000")
+        self.assertEqual(times[2000]["budget"], {"seconds": 4, "share": 1, "is_enough": True})
+        times, _ = times_of("--model", "m=8000000", "--budget", "80000", "--rate", "1000")
+        self.assertEqual([times[n]["budget"]["is_enough"] for n in (1, 16, 100)], [0, 0, 1])
+
+    def test_without_a_residue(self):
+        times, document = times_of("--model", "3B", "--residue", "0")
+        self.assertEqual({entry["audited"] for entry in times.values()}, {None})
+        self.assertEqual(document["audit"], {"residue": None, "source": "no residue given"})
+        told = run("analyze", "--model", "3B", "--residue", "0").stdout
+        self.assertIn("not computed: no residue given", told)
+
+    def test_a_sealed_file(self):
+        done = run("analyze", "--model", site.model, "--json", "-")
+        (model,) = json.loads(done.stdout)["models"]
+        self.assertEqual(model["name"], "demo")
+        self.assertEqual(model["bytes"], site.model.stat().st_size)
+
+    def test_document(self):
+        path = folder / "analysis.json"
+        done = run("analyze", "--rate", "5120", "--rate", "1000000", "--json", path)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        document = json.loads(path.read_text())
+        facts = {"tool": "exfil_timing", "version": 1, "verb": "analyze"}
+        self.assertEqual({name: document[name] for name in facts}, facts)
+        self.assertEqual([model["name"] for model in document["models"]], list(exfil.MODELS))
+        self.assertEqual({len(model["times"]) for model in document["models"]}, {6})
+        self.assertIn("at 1,000,000 bytes a second", done.stdout)
+
+    def test_chart(self):
+        for name in ("chart.svg", "chart.png"):
+            done = run("analyze", "--rate", "5120", "--rate", "65536", "--plot", folder / name)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual((folder / "chart.png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+        root = ElementTree.parse(folder / "chart.svg").getroot()
+        self.assertTrue(root.tag.endswith("}svg"))
+        told = " ".join("".join(node.itertext()) for node in root.iter() if "}text" in node.tag)
+        wanted = ["How long a model's weights take to leave", "at 65,536 bytes a second"]
+        wanted += ["time until all of it is out (logarithmic)", "1 day", "10 years", "70B, 140 GB"]
+        wanted += ["raw", "compressed 16x", "compressed 100x", "audit leaves 0.5%", "budget ends"]
+        for text in wanted:
+            self.assertIn(text, told)
+        first = (folder / "chart.svg").read_bytes()
+        run("analyze", "--rate", "5120", "--rate", "65536", "--plot", folder / "chart.svg")
+        self.assertEqual((folder / "chart.svg").read_bytes(), first)
+
+    def test_mistakes(self):
+        for flags, text in (
+            (("--model", "nothing"), "no such file; known are 3B, 8B"),
+            (("--model", "m=many"), "NAME=BYTES"),
+            (("--model", "m=0"), "NAME=BYTES"),
+            (("--model", site.key), "not a sealed model"),
+            (("--plot", folder / "chart.gif"), "ends in .svg or .png"),
+            (("--plot", folder / "absent" / "chart.svg"), "No such file"),
+            (("--json", folder / "absent" / "a.json"), "No such file"),
+            (("--json", "/dev/full"), "No space left"),
+        ):
+            self.assertMistake(run("analyze", *flags), text)
+        for flags in (("--rate", "0"), ("--compression", "0.5"), ("--residue", "nan")):
+            self.assertEqual(run("analyze", *flags).returncode, 2, flags)
+
+    def test_no_matplotlib(self):
+        done = run("analyze", "--plot", folder / "none.svg", python=["-S"])
+        self.assertMistake(done, "pip install 'muenclave[tools]'")
+        self.assertFalse((folder / "none.svg").exists())
+
+
+def at(*rows):
+    """[Passed] from (after, before, bytes) in seconds."""
+    return [exfil.Passed(int(a * SECOND), int(b * SECOND), count) for a, b, count in rows]
+
+
+def metered(rate, burst, seconds, forgotten=0.0, late=0.0, seed=1):
+    """[Passed] of a reader that always asks mp.Meter for a cell, on a virtual clock.
+
+    forgotten: share of the bytes that the meter does not charge. late: the reader wakes up to so
+    many seconds late, and then counts all that has come.
+    """
+    rng, now, events, waiting, empty = random.Random(seed), 0, [], 0, 0
+    meter = mp.Meter(rate, burst, -burst * SECOND)
+    wakes = int(rng.uniform(0, late) * SECOND)
+    while now < seconds * SECOND:
+        charged = mp.CELL - (rng.random() < forgotten) * mp.CELL
+        while not meter.take(charged, now):
+            now += max(1, meter.wait(charged, now))
+        waiting += mp.CELL
+        if now >= wakes:
+            events.append(exfil.Passed(empty, now, waiting))
+            empty, waiting, wakes = now, 0, now + int(rng.uniform(0, late) * SECOND)
+    return events
+
+
+class Counting(unittest.TestCase):
+    """What is claimed about windows, against brute force."""
+
+    def random_events(self, rng):
+        moments = sorted(rng.randrange(10 * SECOND) for _ in range(rng.randrange(1, 40)))
+        befores = sorted(moment + rng.randrange(SECOND) for moment in moments)
+        return [exfil.Passed(a, b, rng.randrange(1, 5000)) for a, b in zip(moments, befores)]
+
+    def windows(self, events):
+        """(length in ns, bytes) of every window from one event to another."""
+        for first, event in enumerate(events):
+            total = 0
+            for last in events[first:]:
+                total += last.count
+                yield last.before - event.after, total
+
+    def test_every_window(self):
+        rng = random.Random(4)
+        for _ in range(300):
+            events, rate = self.random_events(rng), rng.choice([1, 300, 5120])
+            over = max(total - rate * length / SECOND for length, total in self.windows(events))
+            self.assertAlmostEqual(exfil.most_over(events, rate), max(0, over), places=5)
+            for seconds in exfil.WINDOWS:
+                fit = [total for n, total in self.windows(events) if n <= seconds * SECOND]
+                self.assertEqual(exfil.most_in(events, seconds), max(fit, default=0))
+
+    def test_by_hand(self):
+        events = at((0, 1, 100), (5, 6, 300), (6, 7, 300))
+        self.assertEqual(exfil.most_over(events, 100), 400)  # 600 bytes between 5 and 7
+        self.assertEqual(exfil.most_over(events, 1000), 0)
+        self.assertEqual([exfil.most_in(events, n) for n in (0.5, 1, 2, 10)], [0, 300, 600, 700])
+        self.assertEqual(exfil.judge([], 100, 100)["verdict"], "not decided")
+
+    def test_least_leak(self):
+        """19,000 bytes and a burst of 1,000: a leak of a twentieth passes 20,000 at least."""
+        self.assertAlmostEqual(exfil.least_leak(190, 100, 1000), 0.05)
+        self.assertAlmostEqual(exfil.needed_seconds(100, 1000), 190)
+
+    def test_a_burst_is_no_saturation(self):
+        """1,000 at once and then 90 a second is not 100 a second, however it adds up."""
+        events = at((0, 0, 1000), *((n, n + 1, 90) for n in range(100)))
+        over = exfil.most_over(events, 100)
+        self.assertEqual(over, 1000)
+        self.assertEqual(exfil.saturation(events, 100, over), (0, 0.9))
+        steady = at((0, 0, 1000), *((n, n + 1, 100) for n in range(100)))
+        self.assertEqual(exfil.saturation(steady, 100, 1000), (100, 1))
+
+    def test_trace_holds_every_byte(self):
+        events = metered(5120, 8192, 100)
+        traced = exfil.trace(events)
+        self.assertLessEqual(len(traced["bytes"]), exfil.TRACE)
+        self.assertEqual(sum(traced["bytes"]), sum(event.count for event in events))
+
+    def test_verdicts_on_the_product_s_meter(self):
+        """However late the reader wakes: no right meter is accused, none that leaks 5 % passes."""
+        rate, burst = 5120, 16384
+        enough = 2 * exfil.needed_seconds(rate, burst)
+        for late in (0.0, 0.01, 0.5, 3.0):
+            for seed in range(5):
+                options = {"late": late, "seed": seed}
+                right = exfil.judge(metered(rate, burst, enough, **options), rate, burst)
+                self.assertEqual(right["verdict"], "holds", options)
+                self.assertLessEqual(right["burst_seen"], burst)
+                leaking = metered(rate, burst, enough, forgotten=exfil.LEAK, **options)
+                leaking = exfil.judge(leaking, rate, burst)
+                self.assertEqual(leaking["verdict"], "exceeds", options)
+
+    def test_too_short_is_not_decided(self):
+        events = metered(5120, 16384, 10)
+        few = exfil.judge(events[20:], 5120, 32768)
+        self.assertEqual(few["verdict"], "not decided")
+        self.assertGreater(few["least_leak"], exfil.LEAK)
+
+    def test_a_reader_that_is_slow_decides_nothing(self):
+        half = [event for number, event in enumerate(metered(5120, 16384, 900)) if number % 2]
+        self.assertEqual(exfil.judge(half, 5120, 16384)["verdict"], "not decided")
+
+    def test_what_kernels_hold_is_allowed_once(self):
+        events = at((0, 0.01, 30000), (10, 10.01, 1000))
+        self.assertEqual(exfil.judge(events, 100, 20000)["verdict"], "exceeds")
+        self.assertNotEqual(exfil.judge(events, 100, 20000, 11000)["verdict"], "exceeds")
+
+
+class Entropy(unittest.TestCase):
+    """The estimators, against sources whose entropy is known."""
+
+    N = 20_000
+
+    def check(self, values, expected):
+        found, order = exfil.entropy_rate(values)
+        self.assertAlmostEqual(found, expected, delta=0.02)
+        return order
+
+    def test_constant(self):
+        self.assertEqual(exfil.entropy([1] * 50), 0)
+        self.assertEqual(exfil.entropy_rate([1] * 500)[0], 0)
+        self.assertEqual((exfil.entropy([]), exfil.entropy_rate([])[0]), (0, 0))
+
+    def test_dice(self):
+        rng = random.Random(1)
+        values = [rng.randrange(8) for _ in range(self.N)]
+        self.assertAlmostEqual(exfil.entropy(values), 3, delta=0.01)
+        self.check(values, 3)
+
+    def test_miller_madow_by_hand(self):
+        """2, 1, 1 of four: 1.5 bits and (3 - 1) / (2 x 4) nats."""
+        self.assertAlmostEqual(exfil.entropy("aabc"), 1.5 + 0.25 / math.log(2))
+
+    def test_the_correction_helps(self):
+        rng, plain, corrected = random.Random(2), [], []
+        for _ in range(400):
+            values = [rng.randrange(16) for _ in range(60)]
+            counts = collections.Counter(values).values()
+            plain.append(sum(count / 60 * math.log2(60 / count) for count in counts))
+            corrected.append(exfil.entropy(values))
+        biases = [abs(sum(found) / len(found) - 4) for found in (corrected, plain)]
+        self.assertLess(biases[0], biases[1] / 3)
+
+    def test_markov(self):
+        """A bit that stays with 0.9: 0.469 bits a step, though each alone looks like 1 bit."""
+        rng, bit, values = random.Random(3), 0, []
+        for _ in range(self.N):
+            bit ^= rng.random() < 0.1
+            values.append(bit)
+        self.assertAlmostEqual(exfil.entropy(values), 1, delta=0.02)
+        expected = -0.9 * math.log2(0.9) - 0.1 * math.log2(0.1)
+        self.assertGreater(self.check(values, expected), 0)
+
+    def test_ticks(self):
+        """Each tick has a cell with p: H(p) bits a tick, whether it is seen in ticks or in gaps."""
+        rng, rate = random.Random(5), 5120
+        tick = exfil.tick_of(rate)
+        for p in (0.5, 0.2):
+            busy = [n for n in range(self.N) if rng.random() < p]
+            frames = [(n * tick + rng.randrange(tick // 4), mp.CELL - 4) for n in busy]
+            found = exfil.probe(frames, rate, 10)
+            expected = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * SECOND / tick
+            self.assertAlmostEqual(found["bits_per_second"] / expected, 1, delta=0.03)
+            self.assertEqual(found["lengths"], {"512": len(busy)})
+            self.assertEqual(found["length_bits_per_cell"], 0)
+            self.assertLess(found["bits_per_second"], found["bound_bits_per_second"]["moments"])
+
+    def test_clockwork_tells_nothing(self):
+        tick = exfil.tick_of(5120)
+        found = exfil.probe([(n * tick, 508) for n in range(200)], 5120, 10)
+        self.assertEqual(found["bits_per_second"], 0)
+        self.assertEqual(found["within_tick_bits_per_cell"], 0)
+        self.assertIsNone(exfil.probe([], 5120, 10)["bits_per_second"])
+
+    def test_lengths_that_vary_are_seen(self):
+        rng, tick = random.Random(6), exfil.tick_of(5120)
+        frames = [(n * tick, rng.choice([100, 200, 300, 400])) for n in range(4000)]
+        found = exfil.probe(frames, 5120, 10)
+        self.assertAlmostEqual(found["bits_per_second"] * tick / SECOND, 2, delta=0.02)
+        self.assertEqual(set(found["lengths"]), {"104", "204", "304", "404"})
+
+    def test_bound(self):
+        """A tick of 20 ms, 389 ids of 10 bits in a cell: 50 and 50 log2(389) bits/s."""
+        bound = exfil.probe([], 10**6, 10)["bound_bits_per_second"]
+        self.assertAlmostEqual(bound["moments"], 50)
+        self.assertAlmostEqual(bound["fill"], 50 * math.log2(389))
+
+
+def patched(name, old, new):
+    """A folder with the product's modules, one of them changed in one place."""
+    place = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    for module in ("muprotocol.py", "muenclave.py", "muproxy.py"):
+        shutil.copy(support.ROOT / module, place)
+    text = (place / name).read_text("utf-8")
+    assert text.count(old) == 1, f"{name} has changed: {old!r}"
+    (place / name).write_text(text.replace(old, new), "utf-8")
+    return place
+
+
+def reference_of(code):
+    """A file of reference values for the enclave whose modules lie there."""
+    manifest = support.measure.local_manifest(sys.executable, code)
+    values = muproxy.read_reference(site.reference)
+    values["measurement"] = mp.manifest_digest(manifest)
+    path = code / "reference.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+OWNER = ("--key", "key", "--model", "model", "--owner-psk", "owner_psk", "--psk", "user_psk")
+USER = ("--token-file", "token", "--vocabulary", "vocabulary")
+
+
+def files(flags):
+    """Flags whose values are names of a site's files."""
+    return [flag if flag[:2] == "--" else getattr(site, flag) for flag in flags]
+
+
+def measure(enclave, *flags, reference=None):
+    """Run `measure`; the finished process, and its document."""
+    reference = reference or site.reference
+    flags = ["--enclave", f"127.0.0.1:{enclave.port}", *flags, "--limit", LIMIT, "--json", "-"]
+    done = run("measure", "--reference", reference, "--development", *flags)
+    return done, json.loads(done.stdout) if done.stdout else done.stderr
+
+
+class MeterOfAnEnclave(unittest.TestCase):
+    """A locked enclave, asked by strangers for handshakes and by its owner for its status."""
+
+    RATE, BURST = 65536, 16384
+
+    def verdict(self, code=support.ROOT, reference=None):
+        flags = ("--rate", str(self.RATE), "--burst", str(self.BURST))
+        with support.Enclave(site, *flags, code=code) as enclave:
+            done, found = measure(enclave, *flags, *files(OWNER), reference=reference)
+        self.assertIsInstance(found, dict, found)
+        return done.returncode, found
+
+    def test_right(self):
+        status, found = self.verdict()
+        self.assertEqual((status, found["verdict"]), (0, "holds"), found)
+        self.assertLessEqual(found["burst_seen"], self.BURST)
+        self.assertGreater(found["use"], exfil.SATURATED)
+        self.assertEqual((found["tool"], found["target"]), ("exfil_timing", "enclave"))
+        self.assertEqual([window["seconds"] for window in found["windows"]][:2], [0.1, 1])
+        for window in found["windows"]:
+            self.assertLessEqual(window["bytes"], window["allowed"])
+
+    def test_leaks_5_percent(self):
+        """The same enclave, but that every byte costs 95 hundredths."""
+        old = "        if count * NANOSECOND > self._credit:\n"
+        code = patched("muprotocol.py", old, f"        count = count * 95 // 100\n{old}")
+        status, found = self.verdict(code, reference_of(code))
+        self.assertEqual((status, found["verdict"]), (1, "exceeds"), found)
+
+
+if __name__ == "__main__":
+    unittest.main()
