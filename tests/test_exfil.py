@@ -21,6 +21,7 @@ from tests import support
 sys.path.insert(0, str(support.TOOLS))
 
 import exfil_timing as exfil  # noqa: E402
+import vm  # noqa: E402
 
 TOOL = [sys.executable, "-B", str(support.TOOLS / "exfil_timing.py")]
 SECOND = mp.NANOSECOND
@@ -349,14 +350,16 @@ class Entropy(unittest.TestCase):
         self.assertAlmostEqual(bound["fill"], 50 * math.log2(389))
 
 
-def patched(name, old, new):
-    """A folder with the product's modules, one of them changed in one place."""
+def patched(name, *changes):
+    """A folder with the product's modules, one of them changed: (old text, new text), each once."""
     place = pathlib.Path(tempfile.mkdtemp(dir=folder))
     for module in ("muprotocol.py", "muenclave.py", "muproxy.py"):
         shutil.copy(support.ROOT / module, place)
     text = (place / name).read_text("utf-8")
-    assert text.count(old) == 1, f"{name} has changed: {old!r}"
-    (place / name).write_text(text.replace(old, new), "utf-8")
+    for old, new in changes:
+        assert text.count(old) == 1, f"{name} has changed: {old!r}"
+        text = text.replace(old, new)
+    (place / name).write_text(text, "utf-8")
     return place
 
 
@@ -381,9 +384,8 @@ def files(flags):
 
 def measure(enclave, *flags, reference=None):
     """Run `measure`; the finished process, and its document."""
-    reference = reference or site.reference
-    flags = ["--enclave", f"127.0.0.1:{enclave.port}", *flags, "--limit", LIMIT, "--json", "-"]
-    done = run("measure", "--reference", reference, "--development", *flags)
+    where = ("--enclave", f"127.0.0.1:{enclave.port}", "--reference", reference or site.reference)
+    done = run("measure", *where, "--development", "--limit", LIMIT, "--json", "-", *flags)
     return done, json.loads(done.stdout) if done.stdout else done.stderr
 
 
@@ -412,8 +414,70 @@ class MeterOfAnEnclave(unittest.TestCase):
     def test_leaks_5_percent(self):
         """The same enclave, but that every byte costs 95 hundredths."""
         old = "        if count * NANOSECOND > self._credit:\n"
-        code = patched("muprotocol.py", old, f"        count = count * 95 // 100\n{old}")
+        code = patched("muprotocol.py", (old, f"        count = count * 95 // 100\n{old}"))
         status, found = self.verdict(code, reference_of(code))
+        self.assertEqual((status, found["verdict"]), (1, "exceeds"), found)
+
+
+class Answers(unittest.TestCase):
+    """An enclave with its engine and the demo model, and proxies before it."""
+
+    RATE, BURST = 49152, 16384
+    PROXY_RATE = 8192
+
+    @classmethod
+    def setUpClass(cls):
+        cls.enclave = support.Enclave(site, environment={"ENCLAVE_THREADS": "1"})
+        cls.addClassCleanup(cls.enclave.end)
+
+    def test_answers_keep_to_the_lease_s_rate(self):
+        self.enclave.unlock(rate=self.RATE, burst=self.BURST)
+        flags = ("--rate", self.RATE, "--burst", self.BURST, "--probe-seconds", "3")
+        done, found = measure(self.enclave, *flags, *files(OWNER + USER))
+        self.assertIsInstance(found, dict, found)
+        self.assertEqual((done.returncode, found["verdict"]), (0, "holds"), found)
+        self.assertLessEqual(found["burst_seen"], self.BURST)
+        self.assertEqual(sum(found["trace"]["bytes"]), found["bytes"])
+        probe = found["probe"]
+        self.assertEqual(list(probe["lengths"]), [str(mp.CELL)])
+        self.assertEqual(probe["length_bits_per_cell"], 0)
+        self.assertGreater(probe["cells"], 10)
+        self.assertEqual(sum(probe["gaps"].values()), probe["cells"] - 1)
+        self.assertLess(probe["bits_per_second"], sum(probe["bound_bits_per_second"].values()))
+
+    def measure_proxy(self, code):
+        """Serve by the muproxy of a folder, behind the tool's tap, and measure it."""
+        self.enclave.unlock()
+        tap, api = vm.free_port(), vm.free_port()
+        command = [sys.executable, "-B", "-m", "muproxy", "serve", "--port", tap, "--psk"]
+        command += [site.user_psk, "--reference", site.reference, "--vocabulary", site.vocabulary]
+        command += ["--listen", f"127.0.0.1:{api}", "--rate-kb", self.PROXY_RATE // 1024]
+        proxy = subprocess.Popen(list(map(str, command)), cwd=code, stderr=subprocess.DEVNULL)
+        self.addCleanup(proxy.wait)
+        self.addCleanup(proxy.terminate)
+        flags = ["--proxy", f"http://127.0.0.1:{api}", "--listen", f"127.0.0.1:{tap}"]
+        flags += ["--rate", self.PROXY_RATE, "--sessions", "8", "--limit", "8"]
+        done, found = measure(self.enclave, *flags, *files(USER[:2]))
+        self.assertIsInstance(found, dict, found)
+        self.assertEqual((found["target"], found["burst"]), ("proxy", mp.DEFAULT_BURST))
+        self.assertGreater(found["bytes"], mp.DEFAULT_BURST)
+        return done.returncode, found
+
+    def test_the_proxy_s_meter(self):
+        """Eight seconds are too few for `holds`, and enough for what the next test finds."""
+        status, found = self.measure_proxy(support.ROOT)
+        self.assertEqual((status, found["verdict"]), (3, "not decided"), found)
+        self.assertLessEqual(found["burst_seen"], found["burst"] + found["held"])
+
+    def test_a_proxy_that_throttles_only_its_printing(self):
+        """It takes an answer as fast as it comes, and then meters what it prints."""
+        free = ("while not self.meter.take(count, self._clock.monotonic_ns()):", "while False:")
+        old = '            first = next(pieces, "")\n'
+        ahead = (old, f"            pieces = iter(list(pieces))\n{old}")
+        old = '        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\\n\\n")\n'
+        line = "        while not self.server.inlet.meter.take(512, time.monotonic_ns()):\n"
+        slow = (old, f"{line}            time.sleep(0.01)\n{old}")
+        status, found = self.measure_proxy(patched("muproxy.py", free, ahead, slow))
         self.assertEqual((status, found["verdict"]), (1, "exceeds"), found)
 
 

@@ -19,6 +19,7 @@ Exit status of analyze: 0; 1 for a mistake, told in one line.
 import argparse
 import collections
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import secrets
 import select
 import socket
 import sys
+import termios
 import threading
 import time
 import urllib.error
@@ -427,19 +429,26 @@ class Flow:
                 self.frames.append((now, self._size))
 
 
+def unacknowledged(connection):
+    """Bytes sent that the peer's kernel has not acknowledged."""
+    return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 class Tap(threading.Thread):
     """A TCP relay before an enclave that counts, with moments, what comes out of it.
 
     is_paced False: it takes all that the enclave gives, at once; an event lies between the last
     moment at which nothing was there and that at which all was read. is_paced True: it takes only
     what its client takes, in small pieces; an event lies around the call that handed it over.
-    events: [Passed]. flows: every Flow so far. problem: why a connection could not be made.
+    events: [Passed]. flows: every Flow so far. most_open: of them at once. lost: how many ended
+    with something that their client may not have read. problem: why no connection could be made.
     """
 
     def __init__(self, target, listen=("127.0.0.1", 0), is_paced=False):
         super().__init__(daemon=True)
         self.target, self.is_paced = target, is_paced
         self.events, self.flows, self.open, self.problem = [], [], [], None
+        self.most_open = self.lost = 0
         self.listener = socket.create_server(listen, backlog=128)
         if is_paced:
             self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
@@ -489,35 +498,37 @@ class Tap(threading.Thread):
                     connection.setblocking(False)
                 self.open.append(Flow(client, enclave))
                 self.flows.append(self.open[-1])
+                self.most_open = max(self.most_open, len(self.open))
 
     def serve(self, flow):
         """Pass on what there is, both ways. Returns how many bytes the enclave gave."""
         count = 0
         try:
-            with contextlib.suppress(BlockingIOError):
-                flow.to_enclave += self.receive(flow.client, LARGE_BUFFER)
-            with contextlib.suppress(BlockingIOError):
-                del flow.to_enclave[: flow.enclave.send(flow.to_enclave)]
+            if not self.hear(flow):
+                self.end(flow, is_clean=not flow.to_client and not unacknowledged(flow.client))
+                return 0
             with contextlib.suppress(BlockingIOError):
                 while not flow.is_ended and not (self.is_paced and flow.to_client):
-                    data = self.receive(flow.enclave, mp.CELL if self.is_paced else LARGE_BUFFER)
+                    data = flow.enclave.recv(mp.CELL if self.is_paced else LARGE_BUFFER)
+                    flow.is_ended = not data
                     count += len(data)
                     flow.split(data, time.monotonic_ns())
                     flow.to_client += data
-        except EOFError:
-            flow.is_ended = True
         except OSError:
-            self.end(flow)
-            return count
+            flow.is_ended = True
         self.give(flow)
         return count
 
-    def receive(self, connection, size):
-        """What there is. Raises BlockingIOError, EOFError."""
-        data = connection.recv(size)
-        if not data:
-            raise EOFError
-        return data
+    def hear(self, flow):
+        """Pass on what the client says; False when it has ended. Raises OSError."""
+        with contextlib.suppress(BlockingIOError):
+            data = flow.client.recv(LARGE_BUFFER)
+            if not data:
+                return False
+            flow.to_enclave += data
+        with contextlib.suppress(BlockingIOError):
+            del flow.to_enclave[: flow.enclave.send(flow.to_enclave)]
+        return True
 
     def give(self, flow):
         """Hand on to the client what it takes; end what has ended."""
@@ -530,12 +541,16 @@ class Tap(threading.Thread):
         except BlockingIOError:
             pass
         except OSError:
-            flow.is_ended, flow.to_client = True, b""
+            return self.end(flow)
         if flow.is_ended and not flow.to_client:
             self.end(flow)
 
-    def end(self, flow):
-        """Close both sides of a connection."""
+    def end(self, flow, is_clean=False):
+        """Close both sides of a connection. is_clean: its client has read all that it was sent.
+
+        Linux resets a connection that is closed with something unread, and else ends it.
+        """
+        self.lost += not is_clean
         for connection in (flow.client, flow.enclave):
             connection.close()
         if flow in self.open:
@@ -642,8 +657,8 @@ def http_answers(flags):
         with ask(flags, "/v1/models") as reply:
             model = json.load(reply)["data"][0]["id"]
         body = LONG | {"model": model, "stream": True}
-        body |= {"messages": [{"role": "user", "content": PROMPT}]}
-        with ask(flags, "/v1/chat/completions", body) as reply:
+        body |= {"prompt": PROMPT, "max_tokens": flags.max_tokens}
+        with ask(flags, "/v1/completions", body) as reply:
             while not over.is_set() and reply.readline():
                 pass
 
@@ -658,10 +673,10 @@ def ask(flags, path, body=None):
     try:
         return urllib.request.urlopen(request, timeout=HTTP_SECONDS)
     except urllib.error.HTTPError as error:
-        with error:
-            if error.code in (400, 401, 404):
-                raise ToolError(f"the proxy answers {error.code}: {error.reason}") from None
-            raise OSError(f"the proxy answers {error.code}") from None
+        with error, contextlib.suppress(ValueError, KeyError, TypeError):
+            error.reason = json.load(error)["error"]["message"]
+        told = f"the proxy answers {error.code}: {str(error.reason)[:200]}"
+        raise (ToolError if error.code in (400, 401, 404) else OSError)(told) from None
     except urllib.error.URLError as error:
         raise OSError(f"the proxy at {flags.proxy}: {error.reason}") from None
 
@@ -775,8 +790,9 @@ def saturate(tap, works, flags, held):
                 break
     finally:
         load.over.set()
+        limit = held()  # before we end connections ourselves
         tap.close()
-    figures = judge(tap.events, flags.rate, flags.burst, held())
+    figures = judge(tap.events, flags.rate, flags.burst, limit)
     if load.failure and figures["verdict"] != "exceeds":
         raise ToolError(f"after {figures['seconds']:.0f} s: {load.failure}")
     if not tap.events:
@@ -821,7 +837,8 @@ def measure_proxy(flags):
         sent = tap.listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         each = sent + 2 * muproxy.Inlet(flags.rate).buffer  # Linux doubles what is asked for
         works = [(http_answers(flags), flags.sessions)]
-        return saturate(tap, works, flags, lambda: len(tap.flows) * each) | {"probe": None}
+        held = lambda: (tap.most_open + tap.lost) * each  # noqa: E731
+        return saturate(tap, works, flags, held) | {"probe": None}
 
 
 def show_measure(figures):
@@ -978,6 +995,8 @@ def add_measure(verbs):
     verb.add_argument("--burst", type=number(int, 1, 1 << 40), default=mp.DEFAULT_BURST, help=text)
     text = "answers at once (4)"
     verb.add_argument("--sessions", type=number(int, 1, 64), default=4, help=text)
+    text = "of an answer, with --proxy (1000)"
+    verb.add_argument("--max-tokens", type=number(int, 1, 1 << 24), default=1000, help=text)
     text = "measure at least so long (until it is decided)"
     verb.add_argument("--seconds", type=number(float, 0, 1e6), default=0, help=text)
     text = "give up undecided after so many seconds (600)"
