@@ -287,6 +287,8 @@ def save(plt, chart, path):
 
 LEAK = 0.05  # share of the bytes: a meter that forgets so many must be found out
 SATURATED = 0.99  # share of the rate that a reader must get before it can say that the meter holds
+UNASKED_BYTES = 2048  # a handshake and a cell, whose readers have not come round yet
+UNASKED_SECONDS = 0.1  # for readers to wake up and ask again
 WINDOWS = (0.1, 1, 10, 60)  # seconds
 TRACE = 200  # points of the meter trace
 
@@ -337,18 +339,24 @@ def saturation(events, rate, over):
     return (seconds, use) if seconds else (0.0, max(0.0, whole))
 
 
-def least_leak(seconds, rate, allowed):
+def least_leak(seconds, use, rate, allowed):
     """The least share of the bytes that a meter may forget and be found out for certain.
 
-    One that forgets a share s passes at least rate x T / (1 - s) to who always asks for more,
-    whatever credit it had before; that must be more than rate x T + allowed.
+    One that forgets a share s passes at least rate x T / (1 - s) to who always asks for more, less
+    what nobody has asked for yet at the end; that must be more than rate x T + allowed.
     """
-    return allowed / (rate * seconds + allowed)
+    asked = min(use, 1) * rate * seconds
+    return 1 - asked / (rate * seconds + allowed + unasked(rate))
+
+
+def unasked(rate):
+    """Bytes of credit that may lie at the meter when a run ends, though readers always ask."""
+    return UNASKED_BYTES + rate * UNASKED_SECONDS
 
 
 def needed_seconds(rate, allowed):
     """How long a reader must get the rate to be certain of a LEAK."""
-    return allowed * (1 - LEAK) / (LEAK * rate)
+    return (allowed + unasked(rate)) * (1 - LEAK) / (LEAK * rate)
 
 
 def judge(events, rate, burst, held=0):
@@ -363,7 +371,7 @@ def judge(events, rate, burst, held=0):
         seconds = (events[-1].before - events[0].after) / mp.NANOSECOND
     over = most_over(events, rate)
     saturated, use = saturation(events, rate, over)
-    leak = least_leak(saturated, rate, allowed)
+    leak = least_leak(saturated, use, rate, allowed)
     lengths = [length for length in WINDOWS if length <= seconds]
     windows = [
         {"seconds": n, "bytes": most_in(events, n), "allowed": rate * n + allowed} for n in lengths
@@ -571,7 +579,7 @@ class Tap(threading.Thread):
 LONG = {"temperature": 10, "seed": 1}  # all but noise: an answer's end is not in sight
 PROMPT = "The"
 FREE = 1 << 40  # bytes a second, and at once: no meter on the reader's side
-STRANGERS, OWNERS = 3, 2
+STRANGERS, OWNERS = 3, 4
 PASSING = ("busy", "timeout", "connection_lost", "engine_lost")
 RETRY_SECONDS = 0.2
 HTTP_SECONDS = 120
