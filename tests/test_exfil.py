@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import unittest
 import xml.etree.ElementTree as ElementTree
 
@@ -55,9 +56,10 @@ def times_of(*arguments):
 class Mistake(unittest.TestCase):
     """Helper: a mistake is told in one line."""
 
-    def assertMistake(self, done, text, status=1):
-        self.assertEqual((done.returncode, done.stdout), (status, ""), done.stderr)
-        self.assertRegex(done.stderr, r"\Aexfil_timing: error: [^\n]+\n\Z")
+    def assertMistake(self, done, text):
+        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        told = r"\A(exfil_timing: reading[^\n]+\n)?exfil_timing: error: [^\n]+\n\Z"
+        self.assertRegex(done.stderr, told)
         self.assertIn(text, done.stderr)
 
 
@@ -390,6 +392,56 @@ def measure(enclave, *flags, reference=None):
     where = ("--enclave", f"127.0.0.1:{enclave.port}", "--reference", reference or site.reference)
     done = run("measure", *where, "--development", "--limit", LIMIT, "--json", "-", *flags)
     return done, json.loads(done.stdout) if done.stdout else done.stderr
+
+
+class Mistakes(Mistake):
+    """What can't be measured is told in one line."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.enclave = support.Enclave(site)
+        cls.addClassCleanup(cls.enclave.end)
+
+    def test_flags(self):
+        flags = {
+            ("--token-file", site.token): "both --token-file and --vocabulary",
+            (): "nothing to ask for",
+            ("--key", site.key, "--model", site.model): "--psk FILE",
+            ("--key", site.key): "--model FILE --key FILE",
+            ("--psk", site.token): "not a provisioning secret",
+            ("--token-file", "/nowhere"): "/nowhere: No such file",
+            ("--proxy", "http://127.0.0.1:1"): "--proxy needs --listen",
+        }
+        for given, text in flags.items():
+            done, _ = measure(self.enclave, *given)
+            self.assertMistake(done, text)
+        done = run("measure", "--enclave", "127.0.0.1:1", *files(OWNER + USER))
+        self.assertMistake(done, "--reference FILE")
+        done = run("measure", "--enclave", "nowhere:port")
+        self.assertEqual(done.returncode, 2)
+
+    def test_no_key_for_weak_evidence(self):
+        where = ("--enclave", f"127.0.0.1:{self.enclave.port}", "--reference", site.reference)
+        self.assertMistake(run("measure", *where, *files(OWNER)), "--development")
+
+    def test_an_enclave_that_refuses(self):
+        done, _ = measure(self.enclave, *files(USER), "--psk", site.user_psk)
+        self.assertMistake(done, "locked")
+        done, _ = measure(self.enclave, *files(USER), "--psk", site.owner_psk)
+        self.assertMistake(done, "does not match the reference values")
+
+    def test_nobody_there(self):
+        nobody = types.SimpleNamespace(port=vm.free_port())
+        done, _ = measure(nobody, *files(USER), "--psk", site.user_psk)
+        self.assertMistake(done, "Connection refused")
+        flags = ("--proxy", f"http://127.0.0.1:{nobody.port}", "--listen", "127.0.0.1:0")
+        done, _ = measure(self.enclave, *flags, *files(USER[:2]), "--limit", "1")
+        self.assertMistake(done, "Connection refused")
+
+    def test_a_port_in_use(self):
+        flags = ("--proxy", "http://127.0.0.1:1", "--listen", f"127.0.0.1:{self.enclave.port}")
+        done, _ = measure(self.enclave, *flags, *files(USER[:2]))
+        self.assertMistake(done, "Address already in use")
 
 
 class MeterOfAnEnclave(unittest.TestCase):

@@ -13,7 +13,31 @@
              "share", "is_enough"}}]}]: seconds until all of it is out, or until the budget is
              spent, which then was that share of it
 
-Exit status of analyze: 0; 1 for a mistake, told in one line.
+    measure: "target": "enclave" or "proxy", "verdict": "holds", "exceeds" or "not decided", "rate",
+             "burst": as stated, "held": bytes that kernels may hold before a proxy takes them,
+             "seconds", "bytes": of the run, "use": share of the rate that the reader got, in the
+             last "saturated_seconds", "burst_seen": the most beyond the rate in any window,
+             "least_leak": share of the bytes that a meter could not have forgotten unnoticed,
+             "needed_seconds": to find out one that forgets 5 %, "windows": [{"seconds", "bytes",
+             "allowed"}], "trace": {"step": seconds, "bytes": [...]}, "problem": of a reader, text
+             or null, "probe": null or {"source", "cells", "seconds", "tick_seconds", "lengths":
+             {bytes: cells}, "gaps": {ticks: how often}, "order", "length_bits_per_cell",
+             "gap_bits_per_cell", "within_tick_bits_per_cell" (null: too few cells),
+             "bits_per_second" (null: too few), "bound_bits_per_second": {"moments", "fill"}}
+
+measure puts a counting relay before the enclave, and readers behind it who ask for as much as they
+can get: handshakes, with an access token answers, with the weights key the status. Run it beside
+the enclave: a network between them that holds bytes back and lets them go at once looks like a
+burst. For a proxy, start it with --port PORT of --listen here; what counts is what it takes, not
+what it prints. Either way the lease pays for what is read.
+
+    python3 tools/exfil_timing.py measure --enclave HOST:PORT --reference FILE --psk FILE
+        --token-file FILE --vocabulary FILE --rate N --burst N
+    python3 tools/exfil_timing.py measure --enclave HOST:PORT --proxy URL --listen PORT
+        --token-file FILE --rate N
+
+Exit status: 0 done, or the meter holds; 1 it exceeds; 2 a mistake, told in one line; 3 not decided;
+130 interrupted.
 """
 
 import argparse
@@ -776,8 +800,14 @@ def probe(frames, rate, id_bits):
 
 # ---------------------------------------------------------------- measure: the run
 
+SILENCE_SECONDS = 60  # after so long without a byte there will be none
 LOOK_SECONDS = 0.5  # between two looks at whether it is decided
 STATUSES = {"holds": 0, "exceeds": 1, "not decided": 3}
+
+
+def say(text):
+    """Progress."""
+    print(f"exfil_timing: {text}", file=sys.stderr, flush=True)
 
 
 def saturate(tap, works, flags, held):
@@ -786,6 +816,8 @@ def saturate(tap, works, flags, held):
     works: [(work, threads)]. held: how many bytes the kernels may hold, a function.
     """
     load, began = Load(), time.monotonic()
+    needed = needed_seconds(flags.rate, flags.burst + held())
+    say(f"reading; whether it holds takes {needed:.0f} s or more, and at most {flags.limit:g} s")
     tap.start()
     for work, count in works:
         load.start(work, count)
@@ -794,7 +826,9 @@ def saturate(tap, works, flags, held):
             seconds = time.monotonic() - began
             verdict = judge(list(tap.events), flags.rate, flags.burst, held())["verdict"]
             is_enough = verdict == "holds" and seconds >= flags.seconds
-            if verdict == "exceeds" or is_enough or seconds >= flags.limit:
+            last = tap.events[-1].before if tap.events else int(began * mp.NANOSECOND)
+            is_silent = time.monotonic_ns() - last > SILENCE_SECONDS * mp.NANOSECOND
+            if verdict == "exceeds" or is_enough or is_silent or seconds >= flags.limit:
                 break
     finally:
         load.over.set()
@@ -806,11 +840,13 @@ def saturate(tap, works, flags, held):
     if not tap.events:
         why = tap.problem or load.last or "nobody asked it for anything"
         raise ToolError(f"nothing came from the enclave: {why}")
-    return figures
+    return figures | {"problem": tap.problem or load.last}
 
 
 def measure_enclave(flags):
     """The figures of `measure` for an enclave. Raises ToolError, Failure, ProtocolError."""
+    role = "user" if flags.token_file else "owner"
+    open_session(flags.enclave, flags, role).close()
     with contextlib.closing(Tap(flags.enclave)) as tap:
         works = [(handshakes(tap.address, flags), STRANGERS)]
         if flags.token_file:
@@ -859,16 +895,18 @@ def show_measure(figures):
     for window in figures["windows"]:
         print(f"  in {window['seconds']:g} s at most {window['bytes']:,} bytes, ", end="")
         print(f"of {window['allowed']:,.0f} allowed")
-    print(f"a meter that forgets {figures['least_leak']:.1%} of the bytes would have been caught")
     if figures["probe"]:
         show_probe(figures["probe"])
-    print(f"verdict: {figures['verdict']}")
-    if figures["verdict"] == "not decided":
-        print(
-            f"  the reader got {figures['use']:.0%} of the rate, {SATURATED:.0%} is wanted, for ",
-            end="",
-        )
-        print(f"up to {figures['needed_seconds']:.0f} s; more --sessions or a longer --limit")
+    print(f"verdict: {figures['verdict']}", end="")
+    if figures["verdict"] == "holds":
+        print(f"; a meter that forgets {figures['least_leak']:.1%} would have been found out")
+    elif figures["verdict"] == "not decided":
+        print(f": the reader got {figures['use']:.1%} of the rate, for ", end="")
+        print(f"{figures['saturated_seconds']:.0f} s; {SATURATED:.0%} is wanted, for ", end="")
+        print(f"{figures['needed_seconds']:.0f} s: more --sessions, or a longer --limit")
+        print(f"the readers' last trouble: {figures['problem'] or 'none'}")
+    else:
+        print()
 
 
 def show_probe(figures):
@@ -1027,7 +1065,7 @@ def main(argv=None):
         print("\nexfil_timing: ended", file=sys.stderr)
         return 130
     print(f"exfil_timing: error: {text}", file=sys.stderr)
-    return 1
+    return 2
 
 
 if __name__ == "__main__":
