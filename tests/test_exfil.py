@@ -1,5 +1,5 @@
-"""tools/exfil_timing.py: its numbers by hand and by brute force, its verdicts on real enclaves and
-proxies, among them some with a meter that was broken on purpose.
+"""tools/exfil_timing.py and tools/tap.py: numbers by hand and by brute force; verdicts on real
+enclaves and proxies, two of them with a meter that was broken on purpose.
 """
 
 import collections
@@ -22,6 +22,7 @@ from tests import support
 sys.path.insert(0, str(support.TOOLS))
 
 import exfil_timing as exfil  # noqa: E402
+import tap  # noqa: E402
 import vm  # noqa: E402
 
 TOOL = [sys.executable, "-B", str(support.TOOLS / "exfil_timing.py")]
@@ -166,7 +167,7 @@ class Analyze(Mistake):
 
 def at(*rows):
     """[Passed] from (after, before, bytes) in seconds."""
-    return [exfil.Passed(int(a * SECOND), int(b * SECOND), count) for a, b, count in rows]
+    return [tap.Passed(int(a * SECOND), int(b * SECOND), count) for a, b, count in rows]
 
 
 def metered(rate, burst, seconds, forgotten=0.0, late=0.0, seed=1):
@@ -184,7 +185,7 @@ def metered(rate, burst, seconds, forgotten=0.0, late=0.0, seed=1):
             now += max(1, meter.wait(charged, now))
         waiting += mp.CELL
         if now >= wakes:
-            events.append(exfil.Passed(empty, now, waiting))
+            events.append(tap.Passed(empty, now, waiting))
             empty, waiting, wakes = now, 0, now + int(rng.uniform(0, late) * SECOND)
     return events
 
@@ -195,7 +196,7 @@ class Counting(unittest.TestCase):
     def random_events(self, rng):
         moments = sorted(rng.randrange(10 * SECOND) for _ in range(rng.randrange(1, 40)))
         befores = sorted(moment + rng.randrange(SECOND) for moment in moments)
-        return [exfil.Passed(a, b, rng.randrange(1, 5000)) for a, b in zip(moments, befores)]
+        return [tap.Passed(a, b, rng.randrange(1, 5000)) for a, b in zip(moments, befores)]
 
     def windows(self, events):
         """(length in ns, bytes) of every window from one event to another."""
@@ -210,69 +211,69 @@ class Counting(unittest.TestCase):
         for _ in range(300):
             events, rate = self.random_events(rng), rng.choice([1, 300, 5120])
             over = max(total - rate * length / SECOND for length, total in self.windows(events))
-            self.assertAlmostEqual(exfil.most_over(events, rate), max(0, over), places=5)
-            for seconds in exfil.WINDOWS:
+            self.assertAlmostEqual(tap.most_over(events, rate), max(0, over), places=5)
+            for seconds in tap.WINDOWS:
                 fit = [total for n, total in self.windows(events) if n <= seconds * SECOND]
-                self.assertEqual(exfil.most_in(events, seconds), max(fit, default=0))
+                self.assertEqual(tap.most_in(events, seconds), max(fit, default=0))
 
     def test_by_hand(self):
         events = at((0, 1, 100), (5, 6, 300), (6, 7, 300))
-        self.assertEqual(exfil.most_over(events, 100), 400)  # 600 bytes between 5 and 7
-        self.assertEqual(exfil.most_over(events, 1000), 0)
-        self.assertEqual([exfil.most_in(events, n) for n in (0.5, 1, 2, 10)], [0, 300, 600, 700])
-        self.assertEqual(exfil.judge([], 100, 100)["verdict"], "not decided")
+        self.assertEqual(tap.most_over(events, 100), 400)  # 600 bytes between 5 and 7
+        self.assertEqual(tap.most_over(events, 1000), 0)
+        self.assertEqual([tap.most_in(events, n) for n in (0.5, 1, 2, 10)], [0, 300, 600, 700])
+        self.assertEqual(tap.judge([], 100, 100)["verdict"], "not decided")
 
     def test_least_leak(self):
         """A leak of a twentieth passes 20 bytes for 19, so that 19 times the slack are needed."""
-        slack = 1000 + exfil.UNASKED_BYTES + 100 * exfil.UNASKED_SECONDS
-        self.assertAlmostEqual(exfil.needed_seconds(100, 1000), 19 * slack / 100)
-        self.assertAlmostEqual(exfil.least_leak(19 * slack / 100, 1, 100, 1000), 0.05)
-        self.assertAlmostEqual(exfil.least_leak(10**9, 0.99, 100, 1000), 0.01, places=5)
-        self.assertEqual(exfil.least_leak(0, 1, 100, 1000), 1)
+        slack = 1000 + tap.UNASKED_BYTES + 100 * tap.UNASKED_SECONDS
+        self.assertAlmostEqual(tap.needed_seconds(100, 1000), 19 * slack / 100)
+        self.assertAlmostEqual(tap.least_leak(19 * slack / 100, 1, 100, 1000), 0.05)
+        self.assertAlmostEqual(tap.least_leak(10**9, 0.99, 100, 1000), 0.01, places=5)
+        self.assertEqual(tap.least_leak(0, 1, 100, 1000), 1)
 
     def test_a_burst_is_no_saturation(self):
         """1,000 at once and then 90 a second is not 100 a second, however it adds up."""
         events = at((0, 0, 1000), *((n, n + 1, 90) for n in range(100)))
-        over = exfil.most_over(events, 100)
+        over = tap.most_over(events, 100)
         self.assertEqual(over, 1000)
-        self.assertEqual(exfil.saturation(events, 100, over), (0, 0.9))
+        self.assertEqual(tap.saturation(events, 100, over), (0, 0.9))
         steady = at((0, 0, 1000), *((n, n + 1, 100) for n in range(100)))
-        self.assertEqual(exfil.saturation(steady, 100, 1000), (100, 1))
+        self.assertEqual(tap.saturation(steady, 100, 1000), (100, 1))
 
     def test_trace_holds_every_byte(self):
         events = metered(5120, 8192, 100)
-        traced = exfil.trace(events)
-        self.assertLessEqual(len(traced["bytes"]), exfil.TRACE)
+        traced = tap.trace(events)
+        self.assertLessEqual(len(traced["bytes"]), tap.TRACE)
         self.assertEqual(sum(traced["bytes"]), sum(event.count for event in events))
 
     def test_verdicts_on_the_product_s_meter(self):
         """However late the reader wakes: no right meter is accused, none that leaks 5 % passes."""
         rate, burst = 5120, 16384
-        enough = 2 * exfil.needed_seconds(rate, burst)
+        enough = 2 * tap.needed_seconds(rate, burst)
         for late in (0.0, 0.01, 0.5, 3.0):
             for seed in range(5):
                 options = {"late": late, "seed": seed}
-                right = exfil.judge(metered(rate, burst, enough, **options), rate, burst)
+                right = tap.judge(metered(rate, burst, enough, **options), rate, burst)
                 self.assertEqual(right["verdict"], "holds", options)
                 self.assertLessEqual(right["burst_seen"], burst)
-                leaking = metered(rate, burst, enough, forgotten=exfil.LEAK, **options)
-                leaking = exfil.judge(leaking, rate, burst)
+                leaking = metered(rate, burst, enough, forgotten=tap.LEAK, **options)
+                leaking = tap.judge(leaking, rate, burst)
                 self.assertEqual(leaking["verdict"], "exceeds", options)
 
     def test_too_short_is_not_decided(self):
         events = metered(5120, 16384, 10)
-        few = exfil.judge(events[20:], 5120, 32768)
+        few = tap.judge(events[20:], 5120, 32768)
         self.assertEqual(few["verdict"], "not decided")
-        self.assertGreater(few["least_leak"], exfil.LEAK)
+        self.assertGreater(few["least_leak"], tap.LEAK)
 
     def test_a_reader_that_is_slow_decides_nothing(self):
         half = [event for number, event in enumerate(metered(5120, 16384, 900)) if number % 2]
-        self.assertEqual(exfil.judge(half, 5120, 16384)["verdict"], "not decided")
+        self.assertEqual(tap.judge(half, 5120, 16384)["verdict"], "not decided")
 
     def test_what_kernels_hold_is_allowed_once(self):
         events = at((0, 0.01, 30000), (10, 10.01, 1000))
-        self.assertEqual(exfil.judge(events, 100, 20000)["verdict"], "exceeds")
-        self.assertNotEqual(exfil.judge(events, 100, 20000, 11000)["verdict"], "exceeds")
+        self.assertEqual(tap.judge(events, 100, 20000)["verdict"], "exceeds")
+        self.assertNotEqual(tap.judge(events, 100, 20000, 11000)["verdict"], "exceeds")
 
 
 class Entropy(unittest.TestCase):
@@ -281,24 +282,24 @@ class Entropy(unittest.TestCase):
     N = 20_000
 
     def check(self, values, expected):
-        found, order = exfil.entropy_rate(values)
+        found, order = tap.entropy_rate(values)
         self.assertAlmostEqual(found, expected, delta=0.02)
         return order
 
     def test_constant(self):
-        self.assertEqual(exfil.entropy([1] * 50), 0)
-        self.assertEqual(exfil.entropy_rate([1] * 500)[0], 0)
-        self.assertEqual((exfil.entropy([]), exfil.entropy_rate([])[0]), (0, 0))
+        self.assertEqual(tap.entropy([1] * 50), 0)
+        self.assertEqual(tap.entropy_rate([1] * 500)[0], 0)
+        self.assertEqual((tap.entropy([]), tap.entropy_rate([])[0]), (0, 0))
 
     def test_dice(self):
         rng = random.Random(1)
         values = [rng.randrange(8) for _ in range(self.N)]
-        self.assertAlmostEqual(exfil.entropy(values), 3, delta=0.01)
+        self.assertAlmostEqual(tap.entropy(values), 3, delta=0.01)
         self.check(values, 3)
 
     def test_miller_madow_by_hand(self):
         """2, 1, 1 of four: 1.5 bits and (3 - 1) / (2 x 4) nats."""
-        self.assertAlmostEqual(exfil.entropy("aabc"), 1.5 + 0.25 / math.log(2))
+        self.assertAlmostEqual(tap.entropy("aabc"), 1.5 + 0.25 / math.log(2))
 
     def test_the_correction_helps(self):
         rng, plain, corrected = random.Random(2), [], []
@@ -306,7 +307,7 @@ class Entropy(unittest.TestCase):
             values = [rng.randrange(16) for _ in range(60)]
             counts = collections.Counter(values).values()
             plain.append(sum(count / 60 * math.log2(60 / count) for count in counts))
-            corrected.append(exfil.entropy(values))
+            corrected.append(tap.entropy(values))
         biases = [abs(sum(found) / len(found) - 4) for found in (corrected, plain)]
         self.assertLess(biases[0], biases[1] / 3)
 
@@ -316,18 +317,18 @@ class Entropy(unittest.TestCase):
         for _ in range(self.N):
             bit ^= rng.random() < 0.1
             values.append(bit)
-        self.assertAlmostEqual(exfil.entropy(values), 1, delta=0.02)
+        self.assertAlmostEqual(tap.entropy(values), 1, delta=0.02)
         expected = -0.9 * math.log2(0.9) - 0.1 * math.log2(0.1)
         self.assertGreater(self.check(values, expected), 0)
 
     def test_ticks(self):
         """Each tick has a cell with p: H(p) bits a tick, whether it is seen in ticks or in gaps."""
         rng, rate = random.Random(5), 5120
-        tick = exfil.tick_of(rate)
+        tick = tap.tick_of(rate)
         for p in (0.5, 0.2):
             busy = [n for n in range(self.N) if rng.random() < p]
             frames = [(n * tick + rng.randrange(tick // 4), mp.CELL - 4) for n in busy]
-            found = exfil.probe(frames, rate, 10)
+            found = tap.probe(frames, rate, 10)
             expected = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * SECOND / tick
             self.assertAlmostEqual(found["bits_per_second"] / expected, 1, delta=0.03)
             self.assertEqual(found["lengths"], {"512": len(busy)})
@@ -335,22 +336,22 @@ class Entropy(unittest.TestCase):
             self.assertLess(found["bits_per_second"], found["bound_bits_per_second"]["moments"])
 
     def test_clockwork_tells_nothing(self):
-        tick = exfil.tick_of(5120)
-        found = exfil.probe([(n * tick, 508) for n in range(200)], 5120, 10)
+        tick = tap.tick_of(5120)
+        found = tap.probe([(n * tick, 508) for n in range(200)], 5120, 10)
         self.assertEqual(found["bits_per_second"], 0)
         self.assertEqual(found["within_tick_bits_per_cell"], 0)
-        self.assertIsNone(exfil.probe([], 5120, 10)["bits_per_second"])
+        self.assertIsNone(tap.probe([], 5120, 10)["bits_per_second"])
 
     def test_lengths_that_vary_are_seen(self):
-        rng, tick = random.Random(6), exfil.tick_of(5120)
+        rng, tick = random.Random(6), tap.tick_of(5120)
         frames = [(n * tick, rng.choice([100, 200, 300, 400])) for n in range(4000)]
-        found = exfil.probe(frames, 5120, 10)
+        found = tap.probe(frames, 5120, 10)
         self.assertAlmostEqual(found["bits_per_second"] * tick / SECOND, 2, delta=0.02)
         self.assertEqual(set(found["lengths"]), {"104", "204", "304", "404"})
 
     def test_bound(self):
         """A tick of 20 ms, 389 ids of 10 bits in a cell: 50 and 50 log2(389) bits/s."""
-        bound = exfil.probe([], 10**6, 10)["bound_bits_per_second"]
+        bound = tap.probe([], 10**6, 10)["bound_bits_per_second"]
         self.assertAlmostEqual(bound["moments"], 50)
         self.assertAlmostEqual(bound["fill"], 50 * math.log2(389))
 
@@ -460,7 +461,7 @@ class MeterOfAnEnclave(unittest.TestCase):
         status, found = self.verdict()
         self.assertEqual((status, found["verdict"]), (0, "holds"), found)
         self.assertLessEqual(found["burst_seen"], self.BURST)
-        self.assertGreater(found["use"], exfil.SATURATED)
+        self.assertGreater(found["use"], tap.SATURATED)
         self.assertEqual((found["tool"], found["target"]), ("exfil_timing", "enclave"))
         self.assertEqual([window["seconds"] for window in found["windows"]][:2], [0.1, 1])
         for window in found["windows"]:
@@ -503,14 +504,14 @@ class Answers(unittest.TestCase):
     def measure_proxy(self, code, limit):
         """Serve by the muproxy of a folder, behind the tool's tap, and measure it."""
         self.enclave.unlock()
-        tap, api = vm.free_port(), vm.free_port()
-        command = [sys.executable, "-B", "-m", "muproxy", "serve", "--port", tap, "--psk"]
+        inlet, api = vm.free_port(), vm.free_port()
+        command = [sys.executable, "-B", "-m", "muproxy", "serve", "--port", inlet, "--psk"]
         command += [site.user_psk, "--reference", site.reference, "--vocabulary", site.vocabulary]
         command += ["--listen", f"127.0.0.1:{api}", "--rate-kb", self.PROXY_RATE // 1024]
         proxy = subprocess.Popen(list(map(str, command)), cwd=code, stderr=subprocess.DEVNULL)
         self.addCleanup(proxy.wait)
         self.addCleanup(proxy.terminate)
-        flags = ["--proxy", f"http://127.0.0.1:{api}", "--listen", f"127.0.0.1:{tap}"]
+        flags = ["--proxy", f"http://127.0.0.1:{api}", "--listen", f"127.0.0.1:{inlet}"]
         flags += ["--rate", self.PROXY_RATE, "--sessions", "8", "--limit", limit]
         done, found = measure(self.enclave, *flags, *files(USER[:2]))
         self.assertIsInstance(found, dict, found)
