@@ -3,14 +3,18 @@ enclaves and proxies, two of them with a meter that was broken on purpose.
 """
 
 import collections
+import contextlib
 import json
 import math
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import types
 import unittest
 import xml.etree.ElementTree as ElementTree
@@ -274,6 +278,71 @@ class Counting(unittest.TestCase):
         events = at((0, 0.01, 30000), (10, 10.01, 1000))
         self.assertEqual(tap.judge(events, 100, 20000)["verdict"], "exceeds")
         self.assertNotEqual(tap.judge(events, 100, 20000, 11000)["verdict"], "exceeds")
+
+
+class Relay(unittest.TestCase):
+    """The tap between real sockets."""
+
+    def connect(self, is_paced, buffer=0):
+        """(tap, client, server) of one connection through a tap."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        relay = tap.Tap(listener.getsockname(), is_paced=is_paced)
+        relay.start()
+        self.addCleanup(relay.close)
+        address = relay.address
+        client = muproxy.connect(address, buffer or tap.LARGE_BUFFER, support.SECONDS)
+        self.addCleanup(client.close)
+        server = listener.accept()[0]
+        self.addCleanup(server.close)
+        return relay, client, server
+
+    def test_nothing_is_changed_and_every_byte_counted(self):
+        rng = random.Random(7)
+        for is_paced in (False, True):
+            relay, client, server = self.connect(is_paced)
+            sizes = [rng.choice([0, 1, 508, 5000]) for _ in range(200)]
+            data = b"".join(mp.frame(rng.randbytes(size)) for size in sizes)
+            client.sendall(data)
+            self.assertEqual(mp.read_exactly(server, len(data)), data)
+            begin = time.monotonic_ns()
+            sender = threading.Thread(target=server.sendall, args=(data,))
+            sender.start()
+            self.assertEqual(mp.read_exactly(client, len(data)), data)
+            sender.join()
+            server.close()
+            self.assertEqual(client.recv(1), b"")
+            relay.close()
+            self.assertEqual(sum(event.count for event in relay.events), len(data))
+            self.assertEqual([size for _, size in relay.flows[0].frames], sizes)
+            moments = [(event.after, event.before) for event in relay.events]
+            self.assertEqual(sorted(moments), moments)
+            self.assertEqual(sorted(before for _, before in moments), [b for _, b in moments])
+            self.assertGreaterEqual(moments[0][1], begin)
+            self.assertLessEqual(moments[-1][1], time.monotonic_ns())
+
+    def test_a_paced_tap_takes_what_its_client_takes(self):
+        """A client that reads nothing is charged with no more than a proxy is allowed."""
+        inlet = muproxy.Inlet(mp.DEFAULT_RATE)
+        relay, client, server = self.connect(True, inlet.buffer)
+        server.settimeout(1)
+        with self.assertRaises(TimeoutError):
+            server.sendall(bytes(1 << 24))
+        count = sum(event.count for event in list(relay.events))
+        self.assertGreater(count, 0)
+        self.assertLessEqual(count, exfil.held_by_kernels(relay, mp.DEFAULT_RATE))
+        self.assertGreater(len(mp.read_exactly(client, 4 * count)), count)
+
+    def test_who_ended_with_something_unread(self):
+        for is_clean in (True, False):
+            relay, client, server = self.connect(True)
+            server.sendall(bytes(1000))
+            mp.read_exactly(client, 1000 if is_clean else 10)
+            client.close()
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(server.recv(1), b"")
+            relay.close()
+            self.assertEqual((relay.most_open, relay.lost), (1, not is_clean))
 
 
 class Entropy(unittest.TestCase):

@@ -497,11 +497,20 @@ def run_probe(flags):
 def measure_proxy(flags):
     """The figures of `measure` for a proxy whose enclave is our tap. ToolError."""
     with contextlib.closing(tap.Tap(flags.enclave, flags.listen, is_paced=True)) as relay:
-        sent = relay.listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        each = sent + 2 * muproxy.Inlet(flags.rate).buffer  # Linux doubles what is asked for
         works = [(http_answers(flags), flags.sessions)]
-        held = lambda: (relay.most_open + relay.lost) * each  # noqa: E731
-        return saturate(relay, works, flags, held) | {"probe": None}
+        figures = saturate(relay, works, flags, lambda: held_by_kernels(relay, flags.rate))
+    return figures | {"probe": None}
+
+
+def held_by_kernels(relay, rate):
+    """Bytes that a paced tap may have counted although the proxy has not taken them.
+
+    For each connection what waits on our side, and in the receive buffer that muproxy asks for,
+    which Linux doubles.
+    """
+    sent = relay.listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    each = sent + 2 * muproxy.Inlet(rate).buffer
+    return (relay.most_open + relay.lost) * each
 
 
 def show_measure(figures):
