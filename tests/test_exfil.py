@@ -71,13 +71,13 @@ class Mistake(unittest.TestCase):
 class Analyze(Mistake):
     """Times against a calculation by hand."""
 
-    def test_the_seed_s_case(self):
+    def test_6_gb_at_5_kb_a_second(self):
         """6 GB at 5 KB/s: 1,200,000 s, which are 13.9 days; 100 times smaller, 3 h 20 min."""
-        times, document = times_of("--model", "seed=6000000000", "--rate", "5000")
+        times, document = times_of("--model", "m=6000000000", "--rate", "5000")
         self.assertEqual([times[factor]["raw"] for factor in (1, 16, 100)], [1.2e6, 75e3, 12e3])
-        seed = {"bytes": 6 * 10**9, "rate": 5000, "seconds": 1.2e6}
-        seed["compressed"] = {"16": 75e3, "100": 12e3}
-        self.assertEqual(document["seed"], seed)
+        example = {"bytes": 6 * 10**9, "rate": 5000, "seconds": 1.2e6}
+        example["compressed"] = {"16": 75e3, "100": 12e3}
+        self.assertEqual(document["example"], example)
         told = run("analyze", "--model", "3B", "--rate", "5000").stdout
         row = next(line for line in told.splitlines() if line.startswith("3B"))
         for text in ("6,000,000,000", "13.9 days", "20.8 hours", "3.3 hours"):
@@ -97,7 +97,7 @@ class Analyze(Mistake):
         self.assertEqual(document["models"][0]["budget"], 8000)
         self.assertEqual(document["audit"], {"residue": 0.02, "source": "given"})
         told = run("analyze", *flags).stdout
-        self.assertIn("never: it ends at 8,000 bytes, 10.00% of the smallest", told)
+        self.assertIn("never: it ends at 8,000 bytes, 10.00% of that copy", told)
         for name in exfil.ASSUMPTIONS:
             self.assertIn(f"\n{name}: ", told)
 
@@ -156,10 +156,13 @@ class Analyze(Mistake):
             (("--model", site.key), "not a sealed model"),
             (("--plot", folder / "chart.gif"), "ends in .svg or .png"),
             (("--plot", folder / "absent" / "chart.svg"), "No such file"),
-            (("--json", folder / "absent" / "a.json"), "No such file"),
-            (("--json", "/dev/full"), "No space left"),
         ):
             self.assertMistake(run("analyze", *flags), text)
+        for path, text in ((folder / "absent" / "a.json", "No such file"), ("/dev/full", "space")):
+            done = run("analyze", "--json", path)
+            self.assertEqual(done.returncode, 2)
+            self.assertRegex(done.stderr, rf"\Aexfil_timing: error: [^\n]*{text}[^\n]*\n\Z")
+            self.assertIn("13.6 days", done.stdout)  # nothing is lost
         for flags in (("--rate", "0"), ("--compression", "0.5"), ("--residue", "nan")):
             self.assertEqual(run("analyze", *flags).returncode, 2, flags)
 
@@ -481,6 +484,7 @@ class Mistakes(Mistake):
             ("--psk", site.token): "not a provisioning secret",
             ("--token-file", "/nowhere"): "/nowhere: No such file",
             ("--proxy", "http://127.0.0.1:1"): "--proxy needs --listen",
+            ("--proxy", "file:///etc"): "http://HOST:PORT is wanted",
         }
         for given, text in flags.items():
             done, _ = measure(self.enclave, *given)

@@ -7,7 +7,7 @@
 --json FILE (- for standard output) writes {"tool": "exfil_timing", "version": 1, "verb": ...}; and
 
     analyze: "assumptions": {column: text}, "enclaves", "audit": {"residue", "source"},
-             "seed": {"bytes", "rate", "seconds", "compressed": {"16": seconds, ...}},
+             "example": {"bytes", "rate", "seconds", "compressed": {"16": seconds, ...}},
              "models": [{"name", "bytes", "source", "budget": bytes, "times": [{"rate",
              "compression", "bytes", "raw", "enclaves", "audited": seconds; "budget": {"seconds",
              "share", "is_enough"}}]}]: seconds until all of it is out, or until the budget is
@@ -43,6 +43,7 @@ Exit status: 0 done, or the meter holds; 1 it exceeds; 2 a mistake, told in one 
 import argparse
 import collections
 import contextlib
+import http.client
 import json
 import os
 import pathlib
@@ -71,7 +72,7 @@ PARAMETERS = {"3B": 3e9, "8B": 8e9, "70B": 70e9, "405B": 405e9, "1T": 1e12}
 MODELS = {name: int(count) * BFLOAT16 for name, count in PARAMETERS.items()}  # bytes
 NOMINAL = "as many parameters as its name says, 2 bytes each (bfloat16)"
 COMPRESSIONS = (1, 16, 100)
-SEED = {"bytes": 6 * 10**9, "rate": 5000}  # "6 GB at 5 KB/s"
+EXAMPLE = {"bytes": 6 * 10**9, "rate": 5000}  # "6 GB at 5 KB/s"
 BUDGET_DIVISOR = 1000  # of the sealed size: an asset's lifetime budget unless its owner says more
 RESIDUE = 0.005
 RESIDUE_SOURCE = "arXiv 2511.02620, abstract: under 0.5 % on a 30B mixture of experts; not ours"
@@ -123,14 +124,14 @@ def analyze(models, rates, compressions, enclaves, residue, budget=None):
         facts = {"name": name, "bytes": size, "source": source, "budget": granted}
         found.append(facts | {"times": times})
     source = RESIDUE_SOURCE if residue == RESIDUE else "given" if residue else "no residue given"
-    seed = {str(c): SEED["bytes"] / c / SEED["rate"] for c in COMPRESSIONS[1:]}
-    seed = SEED | {"seconds": SEED["bytes"] / SEED["rate"], "compressed": seed}
+    smaller = {str(c): EXAMPLE["bytes"] / c / EXAMPLE["rate"] for c in COMPRESSIONS[1:]}
+    example = EXAMPLE | {"seconds": EXAMPLE["bytes"] / EXAMPLE["rate"], "compressed": smaller}
     return {
         **header("analyze"),
         "assumptions": ASSUMPTIONS,
         "enclaves": enclaves,
         "audit": {"residue": residue, "source": source},
-        "seed": seed,
+        "example": example,
         "models": found,
     }
 
@@ -174,9 +175,9 @@ def show_analysis(figures):
     for name, text in figures["assumptions"].items():
         print(f"{name}: {text}")
     print(f"audit: {figures['audit']['source']}")
-    seed = figures["seed"]
-    several = (f"{factor}x: {show_time(time)}" for factor, time in seed["compressed"].items())
-    print(f"6 GB at 5 KB/s: {show_time(seed['seconds'])}; compressed {', '.join(several)}")
+    example = figures["example"]
+    several = (f"{factor}x: {show_time(time)}" for factor, time in example["compressed"].items())
+    print(f"6 GB at 5 KB/s: {show_time(example['seconds'])}; compressed {', '.join(several)}")
 
 
 def row_titles(figures, strongest):
@@ -184,7 +185,14 @@ def row_titles(figures, strongest):
     factors = {entry["compression"]: None for entry in figures["models"][0]["times"]}
     titles = ["raw" if factor == 1 else f"{factor:g}x" for factor in factors]
     several = f"{strongest:g}x, {figures['enclaves']} enclaves"
-    return ["model", "bytes", *titles, several, f"{strongest:g}x, audited", "within the budget"]
+    return [
+        "model",
+        "bytes",
+        *titles,
+        several,
+        f"{strongest:g}x, audited",
+        f"{strongest:g}x, budget",
+    ]
 
 
 def row_of(model, rate, strongest):
@@ -192,7 +200,9 @@ def row_of(model, rate, strongest):
     times = {entry["compression"]: entry for entry in model["times"] if entry["rate"] == rate}
     best, budget = times[strongest], times[strongest]["budget"]
     audited = best["audited"]
-    ends = f"never: it ends at {model['budget']:,} bytes, {budget['share']:.2%} of the smallest"
+    ends = (
+        f"never: it ends at {model['budget']:,} bytes, {budget['share']:.2%} of the smallest copy"
+    )
     return [
         model["name"],
         f"{model['bytes']:,}",
@@ -312,6 +322,7 @@ STRANGERS, OWNERS = 3, 4
 PASSING = ("busy", "timeout", "connection_lost", "engine_lost")
 RETRY_SECONDS = 0.2
 HTTP_SECONDS = 120
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # none but the one we name
 
 
 class Load:
@@ -330,7 +341,7 @@ class Load:
         while not self.over.is_set():
             try:
                 work(self.over)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, http.client.HTTPException) as error:
                 self.last = getattr(error, "strerror", None) or str(error)
             except (mp.ProtocolError, muproxy.Failure, ToolError) as error:
                 self.last = str(error)
@@ -392,7 +403,7 @@ def http_answers(flags):
 
     def work(over):
         with ask(flags, "/v1/models") as reply:
-            model = json.load(reply)["data"][0]["id"]
+            model = read_model(reply)
         body = LONG | {"model": model, "stream": True}
         body |= {"prompt": PROMPT, "max_tokens": flags.max_tokens}
         with ask(flags, "/v1/completions", body) as reply:
@@ -402,20 +413,28 @@ def http_answers(flags):
     return work
 
 
+def read_model(reply):
+    """The name of the only model, from the list of models. Raises ToolError."""
+    try:
+        return json.load(reply)["data"][0]["id"]
+    except (ValueError, LookupError, TypeError):
+        raise ToolError("--proxy: what answers there is no OpenAI-compatible API") from None
+
+
 def ask(flags, path, body=None):
-    """The response of the proxy's HTTP API. Raises OSError, ToolError for a token it refuses."""
+    """The response of the proxy's HTTP API. Raises OSError, ToolError for a request it refuses."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {flags.token_file}", "Content-Type": "application/json"}
     request = urllib.request.Request(flags.proxy.rstrip("/") + path, data, headers)
     try:
-        return urllib.request.urlopen(request, timeout=HTTP_SECONDS)
+        return OPENER.open(request, timeout=HTTP_SECONDS)
     except urllib.error.HTTPError as error:
         with error, contextlib.suppress(ValueError, KeyError, TypeError):
             error.reason = json.load(error)["error"]["message"]
         told = f"the proxy answers {error.code}: {str(error.reason)[:200]}"
         raise (ToolError if error.code in (400, 401, 404) else OSError)(told) from None
-    except urllib.error.URLError as error:
-        raise OSError(f"the proxy at {flags.proxy}: {error.reason}") from None
+    except (urllib.error.URLError, http.client.HTTPException) as error:
+        raise OSError(f"the proxy at {flags.proxy}: {getattr(error, 'reason', error)}") from None
 
 
 # ---------------------------------------------------------------- measure: the run
@@ -543,7 +562,7 @@ def show_probe(figures):
     print(f"timing of one answer: {figures['cells']} cells in {figures['seconds']:.1f} s, ", end="")
     print(f"ticks of {1000 * figures['tick_seconds']:.0f} ms, bytes of a cell: {lengths}")
     seen = figures["bits_per_second"]
-    seen = "not computed: too few cells" if seen is None else f"at most {seen:.2f} bits/s"
+    seen = "not computed: too few cells" if seen is None else f"about {seen:.2f} bits/s"
     print(f"  seen: {seen}, had every variation been a signal ({figures['source']})")
     print(f"  bound: {bound['moments']:.1f} bits/s by which ticks have a cell, ", end="")
     print(f"{bound['fill']:.1f} by how many ids it holds, for each open reply")
@@ -594,6 +613,8 @@ FILES = {
 def run_measure(flags):
     """`measure`. Returns the exit status. Raises ToolError, Failure, ProtocolError, OSError."""
     if flags.proxy:
+        if not flags.proxy.startswith(("http://", "https://")):
+            raise ToolError(f"--proxy {flags.proxy}: http://HOST:PORT is wanted")
         if not flags.listen or not flags.token_file:
             raise ToolError("--proxy needs --listen, where it looks for its enclave, --token-file")
         figures = measure_proxy(flags)
@@ -612,14 +633,14 @@ def run_measure(flags):
 
 
 def write(figures, path, show):
-    """Write JSON to a file or to standard output; unless that, show the figures. OSError."""
+    """Write JSON to standard output, or else show the figures and write it to a file. OSError."""
     text = json.dumps(figures, indent=1) + "\n"
     if path == "-":
         sys.stdout.write(text)
         return
+    show(figures)
     if path:
         pathlib.Path(path).write_text(text, "ascii")
-    show(figures)
 
 
 def make_parser():
@@ -689,6 +710,8 @@ def main(argv=None):
         text = str(error)
     except OSError as error:
         text = f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
+    except (OverflowError, UnicodeError) as error:  # of an address
+        text = str(error)
     except KeyboardInterrupt:
         print("\nexfil_timing: ended", file=sys.stderr)
         return 130

@@ -222,7 +222,9 @@ class Tap(threading.Thread):
             give = select.POLLOUT if flow.to_client else 0
             poll.register(flow.client, select.POLLIN | give)
             take = 0 if flow.is_ended or (self.is_paced and flow.to_client) else select.POLLIN
-            poll.register(flow.enclave, take | (select.POLLOUT if flow.to_enclave else 0))
+            wanted = take | (select.POLLOUT if flow.to_enclave else 0)
+            if wanted:  # else its end, which can wait, would wake us again and again
+                poll.register(flow.enclave, wanted)
         poll.poll(POLL_SECONDS * 1000)
 
     def accept(self):
@@ -314,9 +316,10 @@ class Tap(threading.Thread):
 # cell leaves or does not. The estimate is of the entropy in what was seen: what it could have told
 # if every variation had been a signal and none had been noise. An engine that wants to tell may do
 # more, up to the bound by construction: a bit for each tick of an open reply, and for who reads the
-# cells log2 of the number of ids that one may hold. For channels whose sender chooses moments and
-# whose noise is a queue: Anantharam and Verdu, "Bits through queues", IEEE Transactions on
-# Information Theory 42(1), 1996.
+# cells log2 of the number of ids that one may hold. The moment within a tick is no part of that
+# bound: meter and scheduler set it, and an engine reaches it by load alone; its entropy is told
+# where there are enough cells. On channels whose sender chooses moments and whose noise is a queue:
+# Anantharam and Verdu, "Bits through queues", IEEE Transactions on Information Theory 42(1), 1996.
 
 MOST_ORDER = 4
 SAMPLES = 30  # for each value that occurs, before an estimate rests on it
