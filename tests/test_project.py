@@ -2,7 +2,6 @@
 
 import ast
 import fnmatch
-import io
 import json
 import os
 import pathlib
@@ -10,13 +9,15 @@ import re
 import subprocess
 import sys
 import tempfile
-import tokenize
 import unittest
 
 import muprotocol as mp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PRODUCT = ("muprotocol.py", "muenclave.py", "muproxy.py")
+sys.path.insert(0, str(ROOT / "tools"))
+
+from loc import PRODUCT, code_lines, engine_lines, trusted_lines  # noqa: E402
+
 BUDGETS = {"muprotocol.py": 600, "muenclave.py": 1000, "muproxy.py": 1100}  # code lines
 ENGINE_BUDGET = 400
 LONGEST_LINE = 100
@@ -24,35 +25,12 @@ OLDEST_PYTHON = (3, 10)
 TOP_LEVEL = {".ci", ".gitignore", "LICENSE", "README.md", "muenclave.py", "muprotocol.py"}
 TOP_LEVEL |= {"muproxy.py", "pyproject.toml", "setup.cfg", "tests", "tools"}
 LATER = {"br_external"}  # may be there
-NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-NO_CODE += (tokenize.ENDMARKER,)
 STATUSES = ("held", "pending")
 
 
 def source(name):
     """The text of a file of the project."""
     return (ROOT / name).read_text("utf-8")
-
-
-def code_lines(text):
-    """The numbers of the lines that hold code: no comment, no docstring, nothing empty."""
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in NO_CODE:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        is_documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, is_documented) and ast.get_docstring(node) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return lines
-
-
-def engine_lines(text):
-    """The numbers of the lines of the engine's section: from its heading to the next one."""
-    rows = text.splitlines()
-    (start,) = (at for at, row in enumerate(rows, 1) if row.startswith("# ==== engine"))
-    ends = (at for at, row in enumerate(rows, 1) if at > start and row.startswith("# ===="))
-    return set(range(start, next(ends, len(rows) + 1)))
 
 
 def python_files():
@@ -78,8 +56,7 @@ class Size(unittest.TestCase):
         self.assertLessEqual(len(engine), ENGINE_BUDGET)
 
     def test_readme_says_how_many_lines_the_bound_rests_on(self):
-        text = source("muenclave.py")
-        trusted = len(code_lines(text) - engine_lines(text)) + len(code_lines(source(PRODUCT[0])))
+        trusted = trusted_lines()
         stated = re.search(r"the bound rests on\W+([\d,]+) (?:code )?lines", source("README.md"))
         self.assertIsNotNone(stated, f"the README is to say: the bound rests on {trusted:,} lines")
         self.assertEqual(int(stated[1].replace(",", "")), trusted)
