@@ -222,11 +222,15 @@ def open_tar(what, path, stack):
 
 
 def members(what, archive):
-    """All that a tar archive holds. ToolError."""
+    """All that a tar archive holds, to its end, which tarfile does not insist on. ToolError."""
     try:
-        return archive.getmembers()
+        found = archive.getmembers()
     except tarfile.TarError as error:
         raise ToolError(f"{what}: tar: {error}") from None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise ToolError(f"{what}: tar: the archive is damaged, or ends too early")
+    return found
 
 
 def normal(name):
