@@ -14,7 +14,15 @@ import sys
 import tempfile
 import unittest
 
-GUESTS = ("image", "vm", "tampering", "serving", "bench", "quickstart")  # that run guests
+GUESTS = (
+    "image",
+    "kernel_lines",
+    "vm",
+    "tampering",
+    "serving",
+    "bench",
+    "quickstart",
+)  # that run guests
 MAY_SKIP = ("needs a GPU", "needs vsock", "needs KVM", "needs BUILDROOT_DIR")
 
 

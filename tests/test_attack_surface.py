@@ -31,7 +31,7 @@ import trees  # noqa: E402
 
 TOOL = support.TOOLS / "attack_surface.py"
 PROGRAMS = "gcc mksquashfs sqfs2tar cpio zstd lz4 xz tar skopeo mmdebstrap busybox".split()
-PROGRAMS += "getcap dpkg-query readelf find".split()
+PROGRAMS += "getcap dpkg-query readelf find cloc".split()
 os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 MISSING = [name for name in PROGRAMS if not shutil.which(name)]
 NET_RAW = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)  # capabilities(7): revision 2, effective
@@ -622,7 +622,7 @@ class Ports(unittest.TestCase):
 
 
 class Kernels(Folder):
-    """Options of kernels, and what the makefiles name for them (more in tests.test_image)."""
+    """Options of kernels, and lines; what is compiled is in tests.test_kernel_lines."""
 
     def test_options(self):
         rules = hardening.read_record()["options"]
@@ -641,6 +641,14 @@ class Kernels(Folder):
         options["STACKPROTECTOR"] = "n"
         options["E1000"] = "m"
         self.assertEqual(counts(), [len(rules) - 1, built_in - 1, 1])
+
+    @unittest.skipIf(MISSING, f"not installed: {' '.join(MISSING)}")
+    def test_code_lines(self):
+        paths = [self.folder / "a.c", self.folder / "b.S"]
+        paths[0].write_text("/* one\n   two */\n\nint a; // three\nint b;\n")
+        paths[1].write_text("# one\n\tnop\n")
+        self.assertEqual(loc.cloc_lines(paths)["count"], 3)
+        self.assertEqual(loc.all_lines(paths), 7)
 
     def test_own_lines(self):
         facts = loc.own_lines()

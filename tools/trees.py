@@ -7,6 +7,7 @@ other, with their whiteouts. Used by tools/attack_surface.py.
 
 import bz2
 import collections
+import contextlib
 import gzip
 import hashlib
 import io
@@ -99,22 +100,26 @@ def temporary(stack):
 
 
 def read_folder(root):
-    """The tree of a directory; what is mounted below it does not belong to it. OSError."""
+    """The tree of a directory; what is mounted below it does not belong to it. OSError.
+
+    What goes while it is read, as on a running system, is left out, or empty.
+    """
     tree, device = {}, root.stat().st_dev
 
     def fail(error):
-        raise error
+        if not isinstance(error, FileNotFoundError):
+            raise error
 
     for folder, folders, names in os.walk(root, onerror=fail):
         kept = []
         for name in sorted(folders + names):
             place = os.path.join(folder, name)
-            facts = os.lstat(place)
-            if facts.st_dev != device:
-                continue
-            tree[os.path.relpath(place, root)] = folder_entry(place, facts)
-            if stat.S_ISDIR(facts.st_mode):
-                kept.append(name)
+            with contextlib.suppress(FileNotFoundError):
+                facts = os.lstat(place)
+                if facts.st_dev == device:
+                    tree[os.path.relpath(place, root)] = folder_entry(place, facts)
+                    if stat.S_ISDIR(facts.st_mode):
+                        kept.append(name)
         folders[:] = kept
     return tree
 
@@ -126,7 +131,14 @@ def folder_entry(place, facts):
     capability = kind == FILE and CAPABILITY in os.listxattr(place, follow_symlinks=False)
     node = (facts.st_dev, facts.st_ino)
     mode = stat.S_IMODE(facts.st_mode)
-    return Entry(kind, mode, facts.st_size, target, node, capability, lambda: open(place, "rb"))
+
+    def opened():
+        try:
+            return open(place, "rb")
+        except FileNotFoundError:
+            return io.BytesIO()
+
+    return Entry(kind, mode, facts.st_size, target, node, capability, opened)
 
 
 def kind_of(mode):
