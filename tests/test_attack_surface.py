@@ -355,6 +355,63 @@ class Counters(Folder):
         self.assertEqual(facts["packages"]["count"], TRUE["packages"])  # the same two
 
 
+class Damaged(Folder):
+    """Whoever made what is looked at may have meant to stop it."""
+
+    @unittest.skipIf(MISSING, f"not installed: {' '.join(MISSING)}")
+    def test_elf(self):
+        compile_c(self.folder / "whole", "-DMAIN")
+        whole = (self.folder / "whole").read_bytes()
+        self.assertEqual(surface.elf_kind(io.BytesIO(whole)), "executable")
+        kinds = set()
+        for at in range(4, 1024):
+            for value in (0, 255):
+                data = whole[:at] + bytes([value]) + whole[at + 1 :]
+                kinds.add(surface.elf_kind(io.BytesIO(data)))
+            kinds.add(surface.elf_kind(io.BytesIO(whole[:at])))
+        self.assertEqual(kinds, {"executable", "library", "other"})
+
+    def test_descriptions_of_images(self):
+        for index in (
+            "[]",
+            "{}",
+            '{"manifests": 1}',
+            '{"manifests": [1]}',
+            '{"manifests": [{}]}',
+            "x",
+        ):
+            path = self.folder / "image.tar"
+            with tarfile.open(path, "w") as archive:
+                add(archive, "oci-layout")
+                add(archive, "index.json", index.encode())
+            with self.assertRaises(trees.ToolError, msg=index):
+                survey(path)
+        for text in ("[]", "{}", "[1]", '[{"Layers": 1}]', '[{"Layers": ["gone"]}]'):
+            with tarfile.open(path, "w") as archive:
+                add(archive, "manifest.json", text.encode())
+            with self.assertRaises(trees.ToolError, msg=text):
+                survey(path)
+
+    def test_archives(self):
+        root = self.folder / "root"
+        write(root / "a/b", "content")
+        file = io.BytesIO()
+        rootfs.write_cpio(root, file)
+        whole = {"cpio": file.getvalue(), "tar": layer("a/", "a/b")}
+        for name, data in whole.items():
+            for size in range(300, len(data.rstrip(b"\0"))):
+                (self.folder / name).write_bytes(data[:size])
+                with self.assertRaises(trees.ToolError, msg=f"{name} {size}"):
+                    survey(self.folder / name)
+
+    def test_paths_that_never_end(self):
+        root = self.folder / "loops"
+        root.mkdir()
+        for name, place in {"a": "b", "b": "a", "c": "c/c", "sh": "a/../../sh"}.items():
+            (root / name).symlink_to(place)
+        self.assertEqual(survey(root)["shells"], 0)
+
+
 class Layers(Folder):
     """Layers of an image hide what lies below them."""
 

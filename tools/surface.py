@@ -10,7 +10,6 @@ import hashlib
 import pathlib
 import posixpath
 import re
-import shlex
 import shutil
 import struct
 import subprocess
@@ -31,6 +30,7 @@ PROGRAM_FOLDER = r"(?:.*/)?s?bin/[^/]+"
 ELF = b"\x7fELF"
 ET_REL, ET_EXEC, ET_DYN = 1, 2, 3  # System V ABI, ELF header
 PT_DYNAMIC, PT_INTERP = 2, 3
+LONGEST_DYNAMIC = 1 << 20  # bytes of that section; real ones have a few hundred
 DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
 APPLETS = b"\0[\0[[\0"  # how the table of names in a busybox begins
 LINKS = 40  # that Linux follows in one path
@@ -84,6 +84,16 @@ class Files:
         with self.tree[path].open() as file:
             return file.read()
 
+    def holds(self, path, words):
+        """Whether a file's content has these bytes; it may be larger than memory."""
+        rest = b""
+        with self.tree[path].open() as file:
+            while block := file.read(1 << 20):
+                if words in rest + block:
+                    return True
+                rest = block[-len(words) :]
+        return False
+
     def resolve(self, path):
         """The path of the regular file that a path leads to, its first name; None without one."""
         parts, place, followed = path.split("/")[::-1], "", 0
@@ -111,7 +121,7 @@ class Files:
         return self.first[entry.node] if entry is not None and entry.kind == FILE else None
 
     def matching(self, pattern):
-        """The regular files whose path, with folders that are links resolved, matches."""
+        """The regular files that paths lead to which match."""
         found = {self.resolve(path) for path in self.tree if re.fullmatch(pattern, path)}
         return sorted(found - {None})
 
@@ -143,7 +153,7 @@ def elf_kind(file):
             return "executable" if kind == ET_EXEC else "other"
         segments = program_headers(file, head, word, order)
         tags = dynamic_tags(file, segments, word, order)
-    except (KeyError, IndexError, struct.error):
+    except (KeyError, IndexError, struct.error, OverflowError, ValueError, OSError):
         return "other"
     is_program = PT_INTERP in segments or tags.get(DT_FLAGS_1, 0) & DF_1_PIE
     return "executable" if is_program and DT_SONAME not in tags else "library"
@@ -165,7 +175,8 @@ def dynamic_tags(file, segments, word, order):
     """{tag: value} of an ELF file's dynamic section."""
     offset, size = segments.get(PT_DYNAMIC, (0, 0))
     file.seek(offset)
-    table = file.read(size - size % (2 * word))
+    table = file.read(min(size, LONGEST_DYNAMIC))
+    table = table[: len(table) - len(table) % (2 * word)]
     return dict(struct.iter_unpack(order + {4: "II", 8: "QQ"}[word], table))
 
 
@@ -270,8 +281,8 @@ def system_name(files):
     for path in ("etc/os-release", "usr/lib/os-release"):
         place = files.resolve(path)
         if place is not None:
-            words = shlex.split(files.text(place), comments=True)
-            return next((word[3:] for word in words if word.startswith("ID=")), "")
+            found = re.search(r"""^ID=["']?([\w.-]+)""", files.text(place), re.MULTILINE)
+            return found[1] if found else ""
     return ""
 
 
@@ -313,7 +324,7 @@ def is_module(files, path, match):
         return False
     if kind == "so":  # of plain names only what has the function that Python calls
         is_plain = not suffix and files.elf.get(path) == "library"
-        return bool(suffix) or is_plain and f"PyInit_{name}\0".encode() in files.bytes(path)
+        return bool(suffix) or is_plain and files.holds(path, f"PyInit_{name}\0".encode())
     return kind == "pyc" or kind == "py" and not suffix
 
 

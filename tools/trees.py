@@ -58,7 +58,9 @@ def read_tree(what, stack):
         return read_named_image(what, stack)
     if path.is_dir():
         is_image = (path / "oci-layout").is_file() and (path / "index.json").is_file()
-        return read_layout(what, folder_blob(path), stack) if is_image else read_folder(path)
+        if is_image:
+            return read_image(what, read_layout, folder_blob(path), stack)
+        return read_folder(path)
     if not path.is_file():
         raise ToolError(f"{what} is neither a file nor a directory")
     return read_file(what, path, stack)
@@ -219,9 +221,9 @@ def read_tar(what, path, stack):
         return file
 
     if {"oci-layout", "index.json"} <= names.keys():
-        return read_layout(what, blob, stack)
+        return read_image(what, read_layout, blob, stack)
     if "manifest.json" in names:
-        return read_saved(what, blob, stack)
+        return read_image(what, read_saved, blob, stack)
     return add_layer(what, {}, path, stack)
 
 
@@ -229,7 +231,7 @@ def open_tar(what, path, stack):
     """A tar archive, open. ToolError."""
     try:
         return stack.enter_context(tarfile.open(path, "r:", errors="surrogateescape"))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ToolError(f"{what}: tar: {error}") from None
 
 
@@ -237,7 +239,7 @@ def members(what, archive):
     """All that a tar archive holds, to its end, which tarfile does not insist on. ToolError."""
     try:
         found = archive.getmembers()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ToolError(f"{what}: tar: {error}") from None
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -334,6 +336,14 @@ def reason(text):
     """What skopeo says went wrong, in a line."""
     found = re.search(r'msg="((?:[^"\\]|\\.)*)"', text)
     return " ".join((found[1] if found else text.strip() or "skopeo failed").split())
+
+
+def read_image(what, read, blob, stack):
+    """The tree of an image by the function that reads its kind. ToolError."""
+    try:
+        return read(what, blob, stack)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ToolError(f"{what}: the image's own description is not whole: {error!r}") from None
 
 
 def folder_blob(path):
@@ -501,6 +511,8 @@ def read_kernel(what, data):
 
     Its compressed part is where the boot protocol says (Documentation/arch/x86/boot.rst, 2.08).
     """
+    if len(data) < 0x250:
+        raise ToolError(f"{what}: the kernel ends too early")
     offset, length = struct.unpack_from("<II", data, 0x248)
     start = (data[0x1F1] + 1) * 512 + offset
     program = decompressed_bytes(data[start : start + length])
