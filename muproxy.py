@@ -12,6 +12,7 @@ key is sealed for the enclave that gave it.
 """
 
 import argparse
+import base64
 import collections
 import contextlib
 import getpass
@@ -358,6 +359,7 @@ LOAD_SECONDS = 3600  # between two tenths of the weights
 ANSWER_SECONDS = 900  # until an answer's next record
 DRAIN_SECONDS = 30  # from a cancel to the final record
 POLL_SECONDS = 0.2  # between two looks at whether an answer is still wanted
+ACCEPTED_SECONDS = 30  # that a token counts as accepted without a session in use
 
 
 class Session:
@@ -365,7 +367,9 @@ class Session:
 
     address: (host, port). reference: reference values. psk: the role's secret, for that kind.
     excused: names of checks that may fail. wanted: options of check_measurement.
-    checks: what was verified. measurement: step 1. ready: step 3. final: an answer's last record.
+    checks: what was verified, against `reference`, at the time `verified`. measurement: step 1.
+    ready: step 3, with what answers said since, the last time at `told`. final: an answer's last
+    record.
     Raises Refusal when a check fails, else ProtocolError: connection_lost or timeout for a link
     that fails, the enclave's code for what it refuses.
     """
@@ -374,7 +378,7 @@ class Session:
         if reference["kind"] not in EVIDENCE:
             raise Failure(f"this muproxy can't verify evidence of kind {reference['kind']}")
         self.link = self.ready = self.final = None
-        self.is_open = True
+        self.is_open, self.reference, self.verified = True, reference, time.time()
         with self._step():
             self.link = Link(address, inlet or Inlet())
             self._handshake(role, reference, psk, excused, wanted)
@@ -408,7 +412,7 @@ class Session:
         while self.ready is None:
             message = self._receive(LOAD_SECONDS, mp.PROGRESS, mp.READY)
             if message["status"] != "loading":
-                self.ready = message
+                self.ready, self.told = message, time.monotonic()
             elif on_progress is not None:
                 on_progress(message["progress"])
         return self.ready
@@ -457,9 +461,12 @@ class Session:
         piece = message.get("completion", "") if cutter is None else cutter.feed([], last=True)
         if cutter is not None and cutter.stopped:
             message["finish_reason"] = "stop"
-        self.ready |= {name: message[name] for name in ("budget_left", "restarts")}
-        self.final = message
+        self._finish(message)
         return piece
+
+    def _finish(self, final):
+        self.ready |= {name: final[name] for name in ("budget_left", "restarts")}
+        self.final, self.told = final, time.monotonic()
 
     def cancel(self):
         """Have a running answer end now; its final record still comes."""
@@ -474,7 +481,7 @@ class Session:
             self.cancel()
             while isinstance(last := self._receive(deadline - time.monotonic(), mp.FINAL), list):
                 pass
-            self.final = last
+            self._finish(last)
 
     def _send(self, message):
         with self._step():
@@ -538,15 +545,18 @@ class Pool:
     """Verified sessions by the hash of their access token; the token itself is kept nowhere.
 
     connect(): a new Session, which is then proved with the token of whoever asks. limit: sessions
-    at once; who asks beyond waits, then is refused as busy. facts: the last READY of any, `seen`
-    when that was.
+    at once; who asks beyond waits, then is refused as busy. seen: when any was last found well.
+    facts: the last that an enclave told in READY or at an answer's end. newest: the session that
+    was verified last. first_budgets: by lease, what was left of it when it was first seen.
     """
 
     def __init__(self, connect, limit=32, wait_seconds=10, on_progress=None):
         self.connect, self.on_progress, self.wait_seconds = connect, on_progress, wait_seconds
         self.limit, self.count = limit, 0
         self.idle = []  # (token hash, session), the last used at the end
-        self.facts, self.seen = {}, float("-inf")
+        self.facts, self.told, self.seen = {}, float("-inf"), float("-inf")
+        self.newest, self.first_budgets = None, {}
+        self.accepted = {}  # token hash: until when it counts as accepted
         self.changed = threading.Condition()
 
     @contextlib.contextmanager
@@ -558,15 +568,34 @@ class Pool:
             if session is None:
                 session = self.connect()
                 session.prove({"token": token}, self.on_progress)
-            self.facts, self.seen = session.ready, time.monotonic()
+                lease, left = session.ready["lease"], session.ready["budget_left"]
+                self.first_budgets.setdefault(lease, left)
+                self.newest = session
+            self._note(session)
+            self.accepted[owner] = float("inf")
             yield session
         finally:
             with self.changed:
                 if session is not None and session.ready and session.is_usable():
                     self.idle.append((owner, session))
+                    self._note(session)
+                    self.accepted[owner] = self.seen + ACCEPTED_SECONDS
                 else:
                     self._end(session)
+                    self.accepted.pop(owner, None)
                 self.changed.notify()
+
+    def _note(self, session):
+        self.seen = time.monotonic()
+        if session.told >= self.told:
+            self.facts, self.told = session.ready, session.told
+
+    def accepts(self, token):
+        """Whether the enclave is known to have accepted this token lately; it is not asked."""
+        owner = mp.token_hash(token)
+        with self.changed:
+            lost = any(entry[0] == owner and not entry[1].is_usable() for entry in self.idle)
+            return not lost and time.monotonic() < self.accepted.get(owner, 0)
 
     def _take(self, owner):
         """An idle session of this user, or None with a place for a new one. Raises busy."""
@@ -632,8 +661,11 @@ FIELDS = SAMPLING | {"model": mp.is_text(1, 256), "stream": FLAG, "max_tokens": 
 FIELDS |= {"max_completion_tokens": TOKENS, "stop": lambda v: STOPS([v] if type(v) is str else v)}
 FIELDS |= {"stream_options": mp.is_object({"include_usage?": FLAG, "include_obfuscation?": FLAG})}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PATHS = dict.fromkeys(("/v1/models", "/health", "/metrics"), "GET")
+PATHS = dict.fromkeys(("/", "/console/state", "/v1/models", "/health", "/metrics"), "GET")
 PATHS |= dict.fromkeys(("/v1/chat/completions", "/v1/completions"), "POST")
+CONSOLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "console.html")
+POLICY = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+POLICY += "; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 
 
 class HttpError(Exception):
@@ -744,6 +776,21 @@ class Answer:
         return self.base | {"choices": [choice]} | more
 
 
+def read_console():
+    """(the console page, its head), ("", {}) where there is none. Raises Failure.
+
+    Its style and script are named by their hashes. (W3C, Content Security Policy Level 3, 2.3.1)
+    """
+    if not os.path.exists(CONSOLE):
+        return "", {}
+    page, policy = load(CONSOLE, lambda data: data.decode("utf-8"), "a page"), POLICY
+    for kind, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", page):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {kind}-src 'sha256-{digest}'"
+    head = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return page, head | {"Cache-Control": "no-store"}
+
+
 class Deadline(socket.SocketIO):
     """What a client sends; every read must be done by the time `until`."""
 
@@ -790,6 +837,7 @@ class Server(BoundedServer):
         self.counts = collections.Counter(requests_running=0, requests_waiting=0)
         self.health_lock = threading.Lock()  # of the health: held while the enclave is asked
         self.health = (float("-inf"), "")  # when it was asked for, and what it was
+        self.page, self.page_head = read_console()
         super().__init__(address, Handler, CONNECTIONS)
 
     def count(self, name, value=1):
@@ -825,6 +873,22 @@ class Server(BoundedServer):
             kind = "counter" if family.endswith("_total") else "gauge"
             lines += [f"# TYPE muproxy_{family} {kind}", f"muproxy_{name} {value}"]
         return "\n".join(dict.fromkeys(lines)) + "\n"
+
+    def state(self):
+        """What the console page shows, an object, once a session was verified."""
+        pool, meter, newest = self.pool, self.inlet.meter, self.pool.newest
+        evidence = {name: newest.reference[name] for name in ("kind", "root")}
+        evidence |= {"meaning": ROOTS[evidence["root"].partition(":")[0]]}
+        evidence |= {"is_for_development": is_for_development(newest.reference)}
+        evidence |= {"verified": newest.verified, "checks": [c._asdict() for c in newest.checks]}
+        return {
+            "time": time.time(),
+            "evidence": evidence,
+            "meter": {"rate": meter.rate, "burst": meter.burst, "received": self.inlet.received},
+            "sessions": {"open": pool.count, "idle": len(pool.idle), "limit": pool.limit},
+            "enclave": pool.facts,
+            "first_budget": pool.first_budgets[newest.ready["lease"]],
+        }
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -894,6 +958,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(200 if status == "ready" else 503, {"status": status})
         elif path == "/metrics":
             self.reply(200, self.server.metrics(), "text/plain; version=0.0.4")
+        elif path == "/":
+            self.show_console()
+        elif path == "/console/state":
+            self.show_state(self.read_token())
         elif method == "POST":
             self.complete(self.read_token(), path == "/v1/chat/completions")
         else:
@@ -928,6 +996,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.pool.session(token) as session:
             facts = {"id": session.ready["asset"], "object": "model", "owned_by": "muenclave"}
         self.reply(200, {"object": "list", "data": [facts | {"created": int(time.time())}]})
+
+    def show_console(self):
+        """The console page, which holds nothing that is not in its file."""
+        if not self.server.page:
+            raise HttpError(404, "the console page is tools/console.html of a checkout: not here")
+        self.reply(200, self.server.page, "text/html; charset=utf-8", self.server.page_head)
+
+    def show_state(self, token):
+        """What the page shows, to who has a token that the enclave accepts."""
+        if not self.server.pool.accepts(token):
+            with self.server.pool.session(token):
+                pass
+        self.reply(200, self.server.state(), headers={"Cache-Control": "no-store"})
 
     def complete(self, token, is_chat):
         """Both kinds of completion, whole or as a stream."""
