@@ -18,6 +18,7 @@ import threading
 import time
 import unittest
 
+import muprotocol as mp
 import muproxy
 from tests import browser
 from tests.support import ROOT, SECONDS, TOOLS, Enclave, make_site
@@ -48,7 +49,7 @@ def setUpModule():
 
 def unlock():
     tokens = [muproxy.read_token(path) for path in (site.token, site.other)]
-    enclave.unlock(budget=BUDGET, users=[muproxy.mp.token_hash(token) for token in tokens])
+    enclave.unlock(budget=BUDGET, users=[mp.token_hash(token) for token in tokens])
 
 
 def serve(*flags, code=ROOT):
@@ -229,7 +230,7 @@ class Http(unittest.TestCase):
     def test_nothing_secret_is_shown(self):
         texts = request("GET", "/")[2] + json.dumps(state()) + request("GET", "/metrics")[2]
         secrets = [path.read_text().strip() for path in (site.user_psk, site.owner_psk)]
-        secrets += [token(), muproxy.mp.token_hash(token()), muproxy.read_token(site.other)]
+        secrets += [token(), mp.token_hash(token()), muproxy.read_token(site.other)]
         secrets += [json.loads(site.key.read_text())["key"]]
         for secret in secrets:
             self.assertNotIn(secret, texts)
@@ -573,7 +574,7 @@ class Browser(unittest.TestCase):
         other = muproxy.read_token(site.other)
         self.open(other)
         with owner() as session:
-            session.command({"revoke": muproxy.mp.token_hash(other)})
+            session.command({"revoke": mp.token_hash(other)})
         self.wait(lambda: self.text("refusal"))
         self.assertEqual(self.text("refusal"), "Not opened: the token was refused.")
         self.assertFalse(self.find("console").is_displayed())
