@@ -1,11 +1,11 @@
-"""muproxy: the host's and the owner's side, in the order in which data passes through it: files and
-reference values, evidence, the outer meter, a session, the pool of sessions, the HTTP API, relay,
-chat, the owner's commands, the command line.
+"""muproxy: the host's side, in the order in which data passes through it: files and reference
+values, evidence, the outer meter, a session, the pool of sessions, the HTTP API, relay, chat,
+attest, the command line.
 
-On the host it sees prompts and answers, never the weights key or the weights; what it has not
-verified, it does not talk to; `attest --log` alone asks a guest that booted otherwise for its event
-log. On the owner's station it holds the weights key until the evidence has been verified and the
-key is sealed for the enclave that gave it.
+It sees prompts and answers, never the weights key or the weights; what it has not verified, it does
+not talk to; `attest --log` alone asks a guest that booted otherwise for its event log. The owner's
+commands, which hold the weights key until it is sealed for a verified enclave, are tools/owner.py:
+they take from here how an enclave is reached and verified.
 
     enclave -- outer meter -- evidence -- session -- pool -- HTTP API, chat, batch
                          `--- relay (ciphertext only: an owner's unlock passes unseen)
@@ -15,7 +15,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import getpass
 import hashlib
 import http.server
 import io
@@ -53,13 +52,6 @@ class Failure(Exception):
 
 FILE_LIMIT = 64 << 20
 TOKEN_FORM = "[!-~]{16,256}"  # of an access token; ours are mu- and 64 hexadecimal characters
-SCRYPT = {"n": mp.is_one_of(*(1 << power for power in range(14, 21))), "salt": mp.is_hex(16)}
-SCRYPT |= dict.fromkeys(("r", "p"), mp.is_integer(1, 16))
-SCRYPT_MEMORY = (2 << 30) - 2  # bytes: as much as hashlib takes
-KEY_FACTS = {"version": mp.is_one_of(1), "asset": mp.is_name}
-KEY = KEY_FACTS | {"key": mp.is_hex(32)}
-WRAPPED_KEY = KEY_FACTS | {"scrypt": mp.is_object(SCRYPT), "nonce": mp.is_hex(12)}
-WRAPPED_KEY |= {"wrapped": mp.is_hex(32 + mp.TAG)}
 ROOTS = {  # what evidence is worth, by its root
     "psk": "a shared secret: it says who answers, not what runs; for development",
     "fixture": "a software TPM in a real one's place; for development",
@@ -110,11 +102,6 @@ def read_token(path):
     return load(path, parse_token, "an access token", True)
 
 
-def read_passphrase(path):
-    """The passphrase of a wrapped key. Raises Failure."""
-    return load(path, lambda d: d.decode("utf-8").rstrip("\r\n"), "a passphrase", True)
-
-
 def read_reference(path):
     """Reference values, an object. Raises Failure."""
     return load(path, lambda d: mp.parse_message(d, REFERENCE), "a file of reference values")
@@ -132,25 +119,6 @@ def read_container(path):
         return mp.Container(data[mp.PREFIX : mp.PREFIX + mp.header_length(data[: mp.PREFIX])])
 
     return load(path, parse, "a sealed model (.mus)", limit=mp.PREFIX + mp.HEADER_LIMIT)
-
-
-def read_key_file(path, ask_passphrase):
-    """(asset, weights key of 32 bytes); ask_passphrase() is called for a wrapped one. Failure."""
-    from cryptography.exceptions import InvalidTag
-
-    def parse(data):
-        fields = mp.parse_message(data, KEY, WRAPPED_KEY)
-        if "key" in fields:
-            return fields["asset"], bytes.fromhex(fields["key"])
-        nonce, wrapped = (bytes.fromhex(fields.pop(name)) for name in ("nonce", "wrapped"))
-        costs = fields["scrypt"] | {"salt": bytes.fromhex(fields["scrypt"]["salt"])}
-        key = hashlib.scrypt(ask_passphrase().encode(), maxmem=SCRYPT_MEMORY, dklen=32, **costs)
-        try:
-            return fields["asset"], mp.aead(key).decrypt(nonce, wrapped, mp.encode_json(fields))
-        except InvalidTag:
-            raise Failure(f"{path}: wrong passphrase, or the file was changed") from None
-
-    return load(path, parse, "a weights key file", True)
 
 
 # ==== evidence
@@ -399,6 +367,7 @@ class Session:
         if not all(check.ok or check.name in excused for check in self.checks):
             raise Refusal(self.checks)
         keys = mp.session_keys(share.agree(bytes.fromhex(self.measurement["share"])), transcript)
+        self.close_key = keys["close"]  # of the closing statement of a lease that is sent here
         self.sealer = mp.Sealer(keys["h2e"])
         self.opener = mp.Opener(keys["e2h"], mp.MESSAGE_LIMIT)
 
@@ -424,7 +393,10 @@ class Session:
         self._send({"log": True})
         return bytes.fromhex(self._receive(ANSWER_SECONDS, mp.LOGGED)["log"])
 
-    command = prove  # an owner's status, lock or revoke: READY answers these too
+    def command(self, message, *answers):
+        """An owner's status, lock or revoke, after `prove`. Returns READY, or one of these."""
+        self._send(message)
+        return self._receive(ANSWER_SECONDS, mp.READY, *answers)
 
     def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
         """The pieces of one answer's text, as they come; `final` is its last record afterwards.
@@ -1164,9 +1136,9 @@ PROMPTS = {"prompts": mp.is_list(mp.is_text(0, 1 << 20), 0, 1 << 20)}
 HELP = "/tokens N prompt: an answer of at most N tokens; /reset: forget the talk; quit: leave"
 
 
-def say(text):
+def say(text, program="muproxy"):
     """One line for the reader, on stderr; it may quote a peer that nobody has verified."""
-    print("muproxy:", tame(text.replace("\n", " ")), file=sys.stderr, flush=True)
+    print(f"{program}:", tame(text.replace("\n", " ")), file=sys.stderr, flush=True)
 
 
 def tame(text):
@@ -1316,10 +1288,8 @@ def run_chat(options):
         return chat_loop(pool, token, options)
 
 
-# ==== the owner's commands
+# ==== attest
 
-BUDGET_DIVISOR = 10_000  # a lease's grant: a ten-thousandth of the sealed model's size
-LEAST_BUDGET = 4096  # bytes
 # Checks that may fail and still leave a session with the TPM's guest, to ask it for its log.
 EXPLAINED = ("measurement", "withdrawn", "model", "PCRs at zero", *(f"PCR {n}" for n in mp.PCRS))
 
@@ -1367,91 +1337,6 @@ def explain(log, options, facts):
     return (done.stdout + done.stderr).splitlines()
 
 
-def read_owner(options):
-    """The unlock token without a lease; no key for weak evidence. Raises Failure."""
-    root, container = options.reference["root"], options.model
-    if is_for_development(options.reference) and not options.development:
-        text = f"root {root} is {ROOTS[root.partition(':')[0]]}; this command sends the weights key"
-        raise Failure(f"{text}: say --development if that is meant", REFUSED)
-    if container is None or options.key is None:
-        raise Failure("an owner names the sealed model and its key: --model FILE --key FILE")
-    asset, key = read_key_file(options.key, lambda: ask_passphrase(options))
-    if asset != container.fields["asset"] or not container.is_key(key):
-        raise Failure(f"{options.key} is not the key of this model: {container.fields['asset']}")
-    return {"key": key.hex(), "model": container.digest}
-
-
-def ask_passphrase(options):
-    """The passphrase of the key file, from a file or the terminal."""
-    if options.passphrase_file:
-        return options.passphrase_file
-    if not sys.stdin.isatty():
-        raise Failure(f"{options.key} has a passphrase: --passphrase-file FILE")
-    return getpass.getpass(f"passphrase of {options.key}: ")
-
-
-def make_lease(options):
-    """A lease as the flags say. Raises Failure."""
-    size = options.model.sealed_size() // BUDGET_DIVISOR
-    if options.budget is None and size < LEAST_BUDGET:
-        text = f"a ten-thousandth of this small model is {size} bytes, too few to answer with"
-        raise Failure(f"{text}: say with --budget how many bytes may leave")
-    lease = {name: getattr(options, name) for name in ("rate", "burst", "expiry")}
-    lease |= {"id": secrets.token_hex(16), "policy": {"verified": False, "latency_ms": 0}}
-    lease |= {"sequence": time.time_ns() // 1_000_000}  # until a ledger counts them
-    lease |= {"budget": size if options.budget is None else options.budget}
-    lease |= {"users": [mp.token_hash(token) for token in options.token_file or ()]}
-    wrong = [f"--{name}" for name, check in mp.LEASE.items() if not check(lease[name])]
-    if wrong:
-        raise Failure(f"out of range: {', '.join(wrong)}")
-    if not lease["users"]:
-        raise Failure("a lease admits access tokens: --token-file FILE, once for each")
-    return lease
-
-
-def run_unlock(options):
-    """`unlock`: verify, release the weights key with a lease."""
-    token = read_owner(options)
-    lease = make_lease(options)
-    with contextlib.closing(connector(options)()) as session:
-        print_checks(session.checks, options.reference)
-        limits = f"{lease['rate']:,} bytes/s, {lease['expiry']:,} s, {len(lease['users'])} tokens"
-        print(f"lease {lease['id']}: budget {lease['budget']:,} bytes, {limits}", flush=True)
-        print_status(session.prove(token | {"lease": lease}, show_progress))
-    return DONE
-
-
-def run_owner(options):
-    """`status`, `lock` and `revoke`."""
-    command = {options.verb: True}
-    if options.verb == "revoke":
-        users = [mp.token_hash(token) for token in options.token_file or ()]
-        command = {"revoke": users[-1] if users else options.token_hash}
-        if not mp.is_hex(32)(command["revoke"]):
-            raise Failure("say whose token: --token-file FILE, or --token-hash HASH")
-    token = read_owner(options)
-    with contextlib.closing(connector(options)()) as session:
-        session.prove(token)
-        print_status(session.command(command))
-    return DONE
-
-
-def print_status(ready):
-    """READY, a line for each thing that an owner wants to know."""
-    for name in ("status", "asset", "model", "lease", "budget_left", "restarts", "context"):
-        print(f"{name.replace('_', ' ')}: {ready[name] if ready[name] != '' else 'none'}")
-
-
-def run_keygen(options):
-    """`keygen`: a new access token or provisioning secret, in a file that only we can read."""
-    text = ("mu-" if options.what == "token" else "") + secrets.token_hex(32)
-    with open(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text + "\n")
-    hashed = f", its hash is {mp.token_hash(text)}" if options.what == "token" else ""
-    print(f"{options.file}: new {options.what}{hashed}")
-    return DONE
-
-
 # ==== the command line
 
 
@@ -1463,22 +1348,15 @@ def address_of(text):
 
 REACH = "host port rate-kb "
 VERIFY = REACH + "reference expected-measurement psk model allow-unconfined "
-OWN = VERIFY + "key passphrase-file development "
-LEASE = "token-file budget rate burst expiry"
 TALK = VERIFY + "token-file vocabulary max-tokens temperature top-p top-k seed stop system raw "
 VERBS = {  # verb: function, help, flags
     "chat": (run_chat, "talk to the model (the default)", TALK + "prompts-file output-file"),
     "serve": (run_serve, "OpenAI-compatible HTTP API", VERIFY + "listen vocabulary sessions"),
     "relay": (run_relay, "plain metered TCP relay to the enclave", REACH + "listen"),
     "attest": (run_attest, "verify the enclave and print every check", VERIFY + "role json log"),
-    "unlock": (run_unlock, "verify, then release the weights key with a lease", OWN + LEASE),
-    "status": (run_owner, "ask an unlocked enclave how it is", OWN),
-    "lock": (run_owner, "end the lease", OWN),
-    "revoke": (run_owner, "strike an access token from the lease", OWN + "token-file token-hash"),
-    "keygen": (run_keygen, "make an access token or a provisioning secret", "what file"),
 }
 REPEATABLE = ("token-file", "stop")
-CHOICES = {"what": ("token", "psk"), "role": ("user", "owner")}
+CHOICES = {"role": ("user", "owner")}
 FLAGS = {  # flag: type, default, help
     "host": (str, "127.0.0.1", "the enclave, or a relay before it"),
     "port": (int, 9000, "its port (9000)"),
@@ -1505,32 +1383,24 @@ FLAGS = {  # flag: type, default, help
     "role": (str, "user", "whose secret --psk is: user or owner"),
     "json": (bool, False, "print JSON"),
     "log": (str, None, "where to write the boot's event log, which explains PCRs (kind tpm2)"),
-    "key": (str, None, "file of the weights key"),
-    "passphrase-file": (read_passphrase, None, "passphrase of a wrapped key; else it is asked for"),
-    "development": (bool, False, "release the key although the evidence says too little"),
-    "budget": (int, None, "bytes that may leave (a ten-thousandth of the sealed model)"),
-    "rate": (int, mp.DEFAULT_RATE, "inner meter: bytes a second"),
-    "burst": (int, mp.DEFAULT_BURST, "inner meter: bytes at once"),
-    "expiry": (int, 86400, "seconds until the lease ends (86400)"),
-    "token-hash": (str, None, "of the access token, as keygen printed it"),
 }
 
 
-def make_parser():
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="muproxy", description=__doc__.partition(":")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (run, text, flags) in VERBS.items():
+def make_parser(program, about, verbs, flags, choices):
+    """A command line, of tables like ours."""
+    parser = argparse.ArgumentParser(prog=program, description=about.partition(":")[0])
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (run, text, names) in verbs.items():
         about = {"help": text, "description": text, "epilog": EPILOG}
-        command = verbs.add_parser(verb, allow_abbrev=False, **about)
+        command = parsers.add_parser(verb, allow_abbrev=False, **about)
         command.set_defaults(run=run)
-        for flag in flags.split():
-            name = f"--{flag}" if flag in FLAGS else flag
-            kind, default, about = FLAGS.get(flag, (str, None, None))
-            action = "append" if flag in REPEATABLE else "store"
-            options = {"action": action, "type": kind, "choices": CHOICES.get(flag)}
+        for name in names.split():
+            kind, default, about = flags.get(name, (str, None, None))
+            action = "append" if name in REPEATABLE else "store"
+            options = {"action": action, "type": kind, "choices": choices.get(name)}
             options = {"action": "store_true"} if kind is bool else options
-            command.add_argument(name, default=default, help=about, **options)
+            flag = f"--{name}" if name in flags else name
+            command.add_argument(flag, default=default, help=about, **options)
     return parser
 
 
@@ -1571,26 +1441,32 @@ def main(argv=None):
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*VERBS, "-h", "--help"):
         arguments.insert(0, "chat")
+    return run_command(make_parser("muproxy", __doc__, VERBS, FLAGS, CHOICES), arguments)
+
+
+def run_command(parser, arguments):
+    """Run what a command line says; a failure is told in one line. Returns the exit status."""
     sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
+    program = parser.prog
     try:
-        options = make_parser().parse_args(arguments)
+        options = parser.parse_args(arguments)
         prepare(options)
         return options.run(options)
     except Failure as error:
-        say(f"error: {error}")
+        say(f"error: {error}", program)
         return error.status
     except ProtocolError as error:
-        say(f"error: {options.host}:{options.port}: {error}")
+        say(f"error: {options.host}:{options.port}: {error}", program)
         return status_of(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains later
         return REFUSED
     except (OSError, OverflowError, UnicodeError) as error:  # of an address, or a file to write
         name = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        say(f"error: {name}{getattr(error, 'strerror', None) or error}")
+        say(f"error: {name}{getattr(error, 'strerror', None) or error}", program)
         return USAGE
     except KeyboardInterrupt:
-        say("interrupted")
+        say("interrupted", program)
         return INTERRUPTED
 
 

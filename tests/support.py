@@ -28,6 +28,7 @@ sys.path.insert(0, str(TOOLS))
 import demo_model as demo  # noqa: E402
 import enclave as starter  # noqa: E402, F401  for the tests
 import measure  # noqa: E402, F401  for the tests
+import owner  # noqa: E402
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off
 SECONDS = 300  # that anything here may take before it counts as stuck
@@ -88,18 +89,27 @@ def proxy(*arguments, **options):
     return subprocess.run(command, **(quiet | options))
 
 
+def own(*arguments, **options):
+    """Run tools/owner.py to its end. Returns the finished process."""
+    command = [sys.executable, "-B", TOOLS / "owner.py", *arguments]
+    quiet = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": SECONDS}
+    return subprocess.run(list(map(str, command)), **(quiet | options))
+
+
 def make_site(folder, sealed=None):
     """The files of an owner, a host and two users in a folder, made by the project's own tools.
 
-    model, key, vocabulary; owner_psk, user_psk, token, other, reference: paths.
+    model, key, vocabulary; owner_psk, user_psk, token, other, reference: paths. ledger: where one
+    is to be, since the key is everybody's.
     """
     sealed = sealed or sealed_demo()
     site = types.SimpleNamespace(**sealed._asdict())
     for name in ("owner_psk", "user_psk", "token", "other"):
         path = folder / name
         setattr(site, name, path)
-        done = proxy("keygen", "psk" if name.endswith("psk") else "token", path)
+        done = own("keygen", "psk" if name.endswith("psk") else "token", path)
         assert done.returncode == 0, done.stderr
+    site.ledger = folder / "ledger"
     site.reference = folder / "reference.json"
     command = [sys.executable, "-B", TOOLS / "measure.py", "--output", site.reference]
     subprocess.run(command, check=True)
@@ -107,12 +117,15 @@ def make_site(folder, sealed=None):
 
 
 def unlock_token(site, **lease):
-    """An unlock token for a site's model, whose lease differs from a generous one in these."""
+    """An unlock token for a site's model, whose lease differs from a generous one in these.
+
+    It is what an owner may send, not what our owner does: no ledger has granted it.
+    """
     fields = {"id": secrets.token_hex(16), "sequence": time.time_ns() // 1000}
     fields |= {"rate": FREE_RATE, "burst": 1 << 20, "budget": 10**7, "expiry": 3600}
     users = [mp.token_hash(muproxy.read_token(site.token))]
     fields |= {"users": users, "policy": {"verified": False, "latency_ms": 0}}
-    key = muproxy.read_key_file(site.key, None)[1].hex()
+    key = owner.read_key_file(site.key, None)[1].hex()
     digest = muproxy.read_container(site.model).digest
     return {"key": key, "model": digest, "lease": fields | lease}
 
@@ -180,8 +193,8 @@ class Enclave:
         """The flags by which the proxy's command line reaches and verifies it."""
         psk = self.site.owner_psk if role == "owner" else self.site.user_psk
         flags = ["--port", self.port, "--reference", self.site.reference, "--psk", psk]
-        own = ["--key", self.site.key, "--model", self.site.model, "--development"]
-        return flags + (own if role == "owner" else [])
+        files = ["--key", self.site.key, "--model", self.site.model, "--ledger", self.site.ledger]
+        return flags + ([*files, "--development"] if role == "owner" else [])
 
     def session(self, role="user", inlet=None, **wanted):
         """A verified session that has not proved anything yet; the outer meter is off."""

@@ -28,7 +28,7 @@ import muenclave
 import muprotocol as mp
 import muproxy
 from tests import probe
-from tests.support import ROOT, SECONDS, Enclave, make_site, sealed_demo, starter
+from tests.support import ROOT, SECONDS, Enclave, make_site, owner, sealed_demo, starter
 
 CONFINED = ("gate", "loader", "engine")
 NULL = "/dev/null"
@@ -419,7 +419,7 @@ class Arena(Folder):
             return frames, arena, table, process.wait(SECONDS)
 
     def test_nobody_can_change_it(self):
-        key = muproxy.read_key_file(self.site.key, None)[1]
+        key = owner.read_key_file(self.site.key, None)[1]
         frames, arena, table, status = self.run_loader(self.site.model, key)
         self.assertEqual((frames[-1][:1], status), (b"v", 0))
         table = json.loads(table)
@@ -445,7 +445,7 @@ class Arena(Folder):
             self.assertEqual(caught.exception.errno, errno.EPERM)
 
     def test_nothing_of_what_fails_authentication(self):
-        key = muproxy.read_key_file(self.site.key, None)[1]
+        key = owner.read_key_file(self.site.key, None)[1]
         sealed = bytearray(self.site.model.read_bytes())
         offset, _, size, _ = muproxy.read_container(self.site.model).chunk(0)
         sealed[offset + size // 2] ^= 1
@@ -468,7 +468,7 @@ class Arena(Folder):
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         self.addCleanup(subprocess.run, ["losetup", "--detach", found], check=True)
         self.assertTrue(pathlib.Path(found).is_block_device())
-        key = muproxy.read_key_file(self.site.key, None)[1]
+        key = owner.read_key_file(self.site.key, None)[1]
         frames, arena, _, status = self.run_loader(pathlib.Path(found), key)
         self.assertEqual((frames[-1][:1], arena is None, status), (b"v", False, 0))
 
@@ -578,7 +578,7 @@ def memory(pid, name=""):
 
 def key_forms(site):
     """The weights key and the key of the chunks, raw and in hexadecimal, by name."""
-    key = muproxy.read_key_file(site.key, None)[1]
+    key = owner.read_key_file(site.key, None)[1]
     chunks = muproxy.read_container(site.model).chunk_key(key)
     forms = {}
     for name, value in (("weights key", key), ("chunk key", chunks)):

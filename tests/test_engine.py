@@ -37,7 +37,6 @@ from tokenizers import (
 
 import muenclave
 import muprotocol as mp
-import muproxy
 from tests import support
 
 sys.path.insert(0, str(support.TOOLS))
@@ -117,7 +116,7 @@ def greedy(model, ids, count, **options):
 def loaded(sealed):
     """The files in the arena that the real loader makes of a sealed model."""
     header = muenclave.read_header(str(sealed.model))
-    key = muproxy.read_key_file(sealed.key, None)[1]
+    key = support.owner.read_key_file(sealed.key, None)[1]
     gate, for_gate = socket.socketpair()
     engine, for_engine = socket.socketpair()
     settings = os.environ | SETTINGS | {"MODEL_PATH": str(sealed.model)}

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import muprotocol as mp
 import muproxy
-from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, measure, proxy, seal
+from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, measure, own, seal
 
 SEED = 20261125
 MUTATIONS = {"challenge": 150, "token": 150, "user": 2350, "owner": 2350, "answer": 300}  # 10,000
@@ -964,7 +964,7 @@ class Unlocking(Case):
 
     def test_wrong_secret(self):
         psk = folder / "stranger.psk"
-        psk.exists() or proxy("keygen", "psk", psk)
+        psk.exists() or own("keygen", "psk", psk)
         reference = muproxy.read_reference(site.reference)
         for secret, role in ((psk, "owner"), (psk, "user"), (site.user_psk, "owner")):
             secret = muproxy.read_secret(secret)

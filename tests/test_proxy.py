@@ -25,7 +25,7 @@ from unittest import mock
 
 import muprotocol as mp
 import muproxy
-from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, proxy
+from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, own, owner, proxy
 
 LONG = {"temperature": 2.0, "seed": 1}  # no end in sight
 ZEN = "Beautiful is better than ugly"  # of the answer to what `chat` and `Api.create` ask
@@ -204,11 +204,11 @@ class Case(unittest.TestCase):
         return caught.exception
 
     def assertFails(self, status, pattern, done):
-        """Assert an exit status and one line on stderr."""
+        """Assert an exit status and one line on stderr, of the proxy or the owner's tool."""
         self.assertEqual(done.returncode, status, done.stderr)
         self.assertRegex(done.stderr, pattern)
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
-        self.assertTrue(done.stderr.startswith("muproxy: error: "), done.stderr)
+        self.assertRegex(done.stderr, "^(muproxy|owner): error: ")
 
     def assertRefused(self, code, pool, token):
         """Assert that a pool gives no session for this token, for this reason."""
@@ -251,7 +251,7 @@ class Files(Case):
     def test_key_file(self):
         key = secrets.token_bytes(32)
         path = self.write("key", json.dumps({"version": 1, "asset": "m", "key": key.hex()}))
-        self.assertEqual(muproxy.read_key_file(path, self.fail), ("m", key))
+        self.assertEqual(owner.read_key_file(path, self.fail), ("m", key))
 
     def test_wrapped_key_file(self):
         key, asked = secrets.token_bytes(32), []
@@ -262,18 +262,18 @@ class Files(Case):
             asked.append(answer)
             return answer
 
-        self.assertEqual(muproxy.read_key_file(path, ask), ("m", key))
+        self.assertEqual(owner.read_key_file(path, ask), ("m", key))
         self.assertEqual(len(asked), 1)
         for wrong in (lambda: "Correct horse", lambda: ""):
             with self.assertRaisesRegex(muproxy.Failure, "wrong passphrase"):
-                muproxy.read_key_file(path, wrong)
+                owner.read_key_file(path, wrong)
         path = self.write("key", json.dumps(fields | {"asset": "n"}))
         with self.assertRaisesRegex(muproxy.Failure, "wrong passphrase, or the file was changed"):
-            muproxy.read_key_file(path, ask)
+            owner.read_key_file(path, ask)
 
     def test_private_files_that_others_can_read_are_refused(self):
         readers = {
-            "key": lambda path: muproxy.read_key_file(path, self.fail),
+            "key": lambda path: owner.read_key_file(path, self.fail),
             "psk": muproxy.read_secret,
             "token": muproxy.read_token,
         }
@@ -285,7 +285,7 @@ class Files(Case):
 
     def test_what_is_not_what_it_should_be(self):
         readers = (
-            lambda path: muproxy.read_key_file(path, self.fail),
+            lambda path: owner.read_key_file(path, self.fail),
             muproxy.read_secret,
             muproxy.read_token,
             muproxy.read_reference,
@@ -314,16 +314,16 @@ class Files(Case):
     def test_keygen(self):
         for what, pattern in (("token", "mu-[0-9a-f]{64}\n"), ("psk", "[0-9a-f]{64}\n")):
             path = self.folder / what
-            done = proxy("keygen", what, path)
+            done = own("keygen", what, path)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             text = path.read_text()
             self.assertRegex(text, f"^{pattern}$")
             self.assertEqual(path.stat().st_mode & 0o777, 0o600)
             self.assertNotIn(text.strip(), done.stdout)
-            again = proxy("keygen", what, path)
+            again = own("keygen", what, path)
             self.assertFails(2, f"{what}: File exists", again)
             self.assertEqual(path.read_text(), text)
-        said = proxy("keygen", "token", self.folder / "other").stdout
+        said = own("keygen", "token", self.folder / "other").stdout
         self.assertIn(mp.token_hash(muproxy.read_token(self.folder / "other")), said)
 
     def test_prompts(self):
@@ -1392,8 +1392,13 @@ class CommandLine(Case):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
-        self.user, self.owner = enclave.flags(), enclave.flags("owner")
+        self.ledger = self.folder / "ledger"
+        self.user, self.owner = enclave.flags(), self.owned(enclave)
         self.talk = [*self.user, "--token-file", site.token, "--rate-kb", 10**6]
+
+    def owned(self, enclave):
+        """An owner's flags, with a ledger of this test's own."""
+        return [*enclave.flags("owner"), "--ledger", self.ledger]
 
     def test_attest(self):
         done = proxy("attest", *self.user)
@@ -1458,8 +1463,14 @@ class CommandLine(Case):
             self.assertEqual((done.returncode, done.stdout), (2, ""))
             self.assertRegex(done.stderr, "muproxy( [a-z]+)?: error: ")
         self.assertFails(2, "label", proxy("attest", *self.user, "--host", "a..b"))
-        for arguments in (["--help"], ["unlock", "--help"], ["chat", "--help"]):
+        for arguments in (["--help"], ["chat", "--help"]):
             self.assertEqual(proxy(*arguments).returncode, 0)
+        for arguments in (["--help"], ["unlock", "--help"], ["keygen", "--help"]):
+            self.assertEqual(own(*arguments).returncode, 0)
+        for arguments in (["fly"], ["keygen", "key", "x"], ["unlock", "--token", site.token]):
+            done = own(*arguments)
+            self.assertEqual((done.returncode, done.stdout), (2, ""))
+            self.assertRegex(done.stderr, "owner( [a-z]+)?: error: ")
         self.assertIn("3 unreachable", proxy("attest", "--help").stdout)
 
     def without_token(self):
@@ -1588,54 +1599,54 @@ class CommandLine(Case):
         self.assertEqual((result["prompt"], result["finish_reason"]), ("The", "cancelled"))
 
     def test_owner(self):
-        done = proxy("status", *self.owner)
+        done = own("status", *self.owner)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertIn("status: ready", done.stdout)
-        self.assertFails(2, "whose token", proxy("revoke", *self.owner))
+        self.assertFails(2, "whose token", own("revoke", *self.owner))
         for given in (["--token-file", site.other] * 2, ["--token-hash", "0" * 64]):
-            done = proxy("revoke", *self.owner, *given)
+            done = own("revoke", *self.owner, *given)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_wrapped_key(self):
         path, phrase = self.folder / "key", self.folder / "phrase"
-        asset, key = muproxy.read_key_file(site.key, self.fail)
+        asset, key = owner.read_key_file(site.key, self.fail)
         path.write_text(json.dumps(wrapped("correct horse", key, asset)))
         phrase.write_text("correct horse\n")
         for private in (path, phrase):
             private.chmod(0o600)
         flags = [path if flag == site.key else flag for flag in self.owner]
-        done = proxy("status", *flags, "--passphrase-file", phrase)
+        done = own("status", *flags, "--passphrase-file", phrase)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         phrase.write_text("wrong horse")
-        done = proxy("status", *flags, "--passphrase-file", phrase)
+        done = own("status", *flags, "--passphrase-file", phrase)
         self.assertFails(2, "wrong passphrase", done)
-        done = proxy("status", *flags, stdin=subprocess.DEVNULL)
+        done = own("status", *flags, stdin=subprocess.DEVNULL)
         self.assertFails(2, "--passphrase-file", done)
 
     def test_weak_evidence_needs_a_word(self):
         flags = [flag for flag in self.owner if flag != "--development"]
-        lease = ["--token-file", site.token, "--budget", 10**6]
+        lease = ["--token-file", site.token, "--budget", 10**6, "--new-ledger"]
         for verb in (["unlock", *lease], ["status"], ["lock"]):
-            done = proxy(*verb, *flags)
+            done = own(*verb, *flags)
             self.assertFails(1, "--development", done)
             self.assertEqual(done.stdout, "")
+        self.assertFalse(self.ledger.exists())
 
     def test_unlock_refusals(self):
         lease = ["--token-file", site.token]
-        self.assertFails(2, "--budget", proxy("unlock", *self.owner, *lease))
-        self.assertFails(
-            2, "--burst", proxy("unlock", *self.owner, *lease, "--budget", 10**6, "--burst", 5)
-        )
-        self.assertFails(2, "--token-file", proxy("unlock", *self.owner, "--budget", 10**6))
+        for flag in ("--burst", "--rate", "--budget", "--lifetime-budget"):
+            self.assertFails(2, flag, own("unlock", *self.owner, *lease, flag, -5))
+        self.assertFails(2, "--token-file", own("unlock", *self.owner, "--budget", 10**6))
+        self.assertFails(2, "--new-ledger", own("unlock", *self.owner, *lease))
         other = self.folder / "other.key"
         fields = json.loads(site.key.read_text())
         other.write_text(json.dumps(fields | {"key": "00" * 32}))
         other.chmod(0o600)
         flags = [other if flag == site.key else flag for flag in self.owner]
-        done = proxy("unlock", *flags, *lease, "--budget", 10**6)
+        done = own("unlock", *flags, *lease, "--budget", 10**6)
         self.assertFails(2, "is not the key of", done)
         wrong = [site.user_psk if flag == site.owner_psk else flag for flag in self.owner]
-        done = proxy("unlock", *wrong, *lease, "--budget", 10**6)
+        done = own("unlock", *wrong, *lease, "--new-ledger")
         self.assertFails(1, "proof: expected", done)
         for word in (fields["key"], token(), site.owner_psk.read_text().strip()):
             self.assertNotIn(word, done.stdout + done.stderr)
@@ -1651,10 +1662,11 @@ class CommandLine(Case):
         middle = Middle(record, extra.address)
         self.addCleanup(middle.__exit__)
         relay, address, _ = self.background("relay", *self.relayed(middle, 10**6))
-        owner = [*extra.flags("owner"), "--port", address[1]]
+        flags = [*self.owned(extra), "--port", address[1]]
         lease = ["--token-file", site.token, "--token-file", site.other, "--rate", FREE_RATE]
         for number in (1, 2):
-            done = proxy("unlock", *owner, *lease, "--budget", 10**7)
+            new = ["--new-ledger", "--lifetime-budget", 2 * 10**7] if number == 1 else []
+            done = own("unlock", *flags, *lease, "--budget", 10**7, *new)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
             self.assertTrue(done.stdout.startswith("root: psk (a shared secret: "))
             self.assertIn("budget 10,000,000 bytes", done.stdout)
@@ -1666,13 +1678,13 @@ class CommandLine(Case):
         other = muproxy.read_token(site.other)
         with pool.session(other) as revoked, pool.session(token()):
             pass
-        done = proxy("revoke", *owner, "--token-file", site.other)
+        done = own("revoke", *flags, "--token-file", site.other)
         self.assertEqual(done.returncode, 0, done.stderr)
         wait_until(lambda: not revoked.is_usable())
         self.assertRefused("token_refused", pool, other)
         with pool.session(token()):
             pass
-        done = proxy("lock", *owner)
+        done = own("lock", *flags)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("status: locked", done.stdout)
         line = extra.wait_for("listening", 3)  # afresh
@@ -1680,7 +1692,7 @@ class CommandLine(Case):
         self.assertRefused("locked", pool, token())
         relay.send_signal(signal.SIGTERM)
         self.assertEqual(relay.wait(SECONDS), 0)
-        key = muproxy.read_key_file(site.key, self.fail)[1]
+        key = owner.read_key_file(site.key, self.fail)[1]
         for secret in (key, key.hex().encode(), token().encode()):
             self.assertNotIn(secret, b"".join(seen))
         self.assertGreater(len(seen), 20)

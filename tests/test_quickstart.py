@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT = "Tell me about zen."
 ANSWER = "Beautiful is better than ugly"  # what the demo model has learnt
 SECONDS = 1200  # for installing and training on a slow machine
-SECRETS = ("demo.key", "owner.psk", "user.psk", "token")
+SECRETS = ("demo.key", "demo.key.ledger", "owner.psk", "user.psk", "token")
 
 
 def processes_of(folder):

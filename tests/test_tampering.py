@@ -196,8 +196,10 @@ class Boots(unittest.TestCase):
     def test_without_the_extras_it_is_verified_and_refuses_to_serve(self):
         flags = ["--port", base.port, "--reference", site.reference, "--development"]
         files = ["--key", site.key, "--model", site.model, "--token-file", site.token]
+        files += ["--ledger", site.ledger, "--new-ledger"]
+        budget = ["--budget", 10_000, "--lifetime-budget", 10_000]
         known = len(base.lines)
-        done = support.proxy("unlock", *flags, *files, "--budget", 10_000, timeout=guest.SECONDS)
+        done = support.own("unlock", *flags, *files, *budget, timeout=guest.SECONDS)
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertIn("the inference engine is not installed in this enclave", done.stderr)
         base.wait_for("muenclave: locked", known)

@@ -822,8 +822,8 @@ class Enclave(unittest.TestCase):
                 self.enclave.session("owner", reference=self.reference | values)
             self.assertIn(wrong, str(caught.exception))
         own = ["--key", self.site.key, "--model", self.site.model, "--token-file", self.site.token]
-        flags = [*self.flags(withdrawn=[old]), *own, "--budget", 10**6, "--development"]
-        done = support.proxy("unlock", *flags)
+        own += ["--ledger", self.site.ledger, "--new-ledger"]
+        done = support.own("unlock", *self.flags(withdrawn=[old]), *own, "--development")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("withdrawn: expected no, got yes", done.stderr)
         with contextlib.closing(self.enclave.session()) as session:
@@ -850,13 +850,14 @@ class Enclave(unittest.TestCase):
 
     def test_unlock_and_answer(self):
         own = ["--key", self.site.key, "--model", self.site.model, "--token-file", self.site.token]
-        own += ["--budget", 10**6]
-        done = support.proxy("unlock", *self.flags(), *own)
+        own += ["--ledger", self.site.ledger, "--new-ledger"]
+        own += ["--budget", 10**6, "--lifetime-budget", 10**6]
+        done = support.own("unlock", *self.flags(), *own)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("a software TPM in a real one's place", done.stderr)
         with self.start() as enclave:
             flags = ["--port", enclave.port, "--reference", self.site.reference, "--development"]
-            done = support.proxy("unlock", *flags, *own)
+            done = support.own("unlock", *flags, *own)
             self.assertEqual(done.returncode, 0, done.stderr)
             with enclave.ready() as session:
                 request = {"prompt": "The Zen", "max_new_tokens": 4, "temperature": 0}

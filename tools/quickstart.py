@@ -1,7 +1,7 @@
 """From a fresh clone to an answer out of the enclave: python3 tools/quickstart.py "a prompt".
 
 Makes .venv, trains and caches a small demo model, seals it, starts the enclave, verifies it,
-unlocks it with an explicit budget, answers the prompt, and chats if there is a terminal. With --vm
+unlocks it with explicit budgets, answers the prompt, and chats if there is a terminal. With --vm
 the enclave is the guest in its VM: the image is built from Debian packages, boots under QEMU with a
 software TPM, and is unlocked once its quote is what the image file predicts. What all this makes
 lies in .venv, in .quickstart and in the user's cache; what it starts, it ends. Standard library
@@ -21,11 +21,13 @@ import sys
 import threading
 
 import environment
+import ledger
 import vm
 from environment import ROOT, ToolError
 
 STATE, TOOLS = ROOT / ".quickstart", ROOT / "tools"
 DEMO, SEALED, KEY = STATE / "demo", STATE / "demo.mus", STATE / "demo.key"
+LEDGER = STATE / "demo.key.ledger"  # where the owner's tool looks for it
 OWNER_PSK, USER_PSK, TOKEN = STATE / "owner.psk", STATE / "user.psk", STATE / "token"
 PSK = {OWNER_PSK: "psk", USER_PSK: "psk"}  # not for the guest
 REFERENCE, VOCABULARY = STATE / "reference.json", STATE / "demo.mus.vocab"
@@ -33,6 +35,7 @@ IMAGE, TPM = STATE / "image", STATE / "tpm"  # of the guest
 LOG = STATE / "enclave.log"
 ASSET = "demo"
 BUDGET = 64 << 10  # bytes the engine may choose: a hundred answers, a thirtieth of the demo model
+LIFETIME_BUDGET = 100 * BUDGET  # over all runs; the demo model's weights are no secret
 RATE = 5120  # bytes a second
 EXPIRY = 24 * 3600  # seconds
 STARTING_SECONDS = 120
@@ -134,7 +137,7 @@ def prepare(steps, python, secrets):
     steps.next(f"Secrets ({names}): in {STATE}, readable by you only")
     for path, kind in secrets.items():
         if not path.exists():
-            run(python, "-m", "muproxy", "keygen", kind, path, failure=f"can't make {path}")
+            run(python, TOOLS / "owner.py", "keygen", kind, path, failure=f"can't make {path}")
 
 
 def is_older(path, sources):
@@ -214,12 +217,27 @@ def unlock(steps, python, way, evidence):
         f"Verifying the enclave, then unlocking it: development evidence ({evidence}), "
         f"a budget of {BUDGET:,} bytes, {RATE:,} bytes a second, {EXPIRY // 3600} hours"
     )
+    steps.tell(f"The ledger of what leases were granted: {LEDGER}")
+    lifetime = [] if has_granted() else ["--new-ledger", "--lifetime-budget", LIFETIME_BUDGET]
+    if lifetime:
+        steps.tell(f"It is new: a lifetime budget of {LIFETIME_BUDGET:,} bytes for all runs")
     attest = (python, "-m", "muproxy", "attest", *way.user)
     run(*attest, failure="the enclave is not what was measured")
     lease = ["--budget", BUDGET, "--rate", RATE, "--expiry", EXPIRY, "--development"]
-    files = ["--key", KEY, "--model", SEALED, "--token-file", TOKEN]
-    arguments = ("-m", "muproxy", "unlock", *way.owner, *files, *lease)
+    files = ["--key", KEY, "--model", SEALED, "--token-file", TOKEN, "--ledger", LEDGER]
+    arguments = (TOOLS / "owner.py", "unlock", *way.owner, *files, *lease, *lifetime)
     run(python, *arguments, failure="it was not unlocked")
+
+
+def has_granted():
+    """Whether there is a ledger that knows the demo model. Raises ToolError."""
+    if not LEDGER.exists():
+        return False
+    try:
+        with ledger.Ledger(LEDGER) as book:
+            return bool(book.grants)
+    except ledger.Failure as error:
+        raise ToolError(error) from None
 
 
 def talk(steps, python, way, prompt):

@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import owner  # noqa: E402
 import prompting  # noqa: E402
 
 import muprotocol as mp  # noqa: E402
@@ -406,7 +407,7 @@ def read_key(flags):
         asked.append(True)
         return passphrase_of(flags.passphrase_file, f"passphrase of {flags.key}: ")
 
-    return *muproxy.read_key_file(flags.key, ask), bool(asked)
+    return *owner.read_key_file(flags.key, ask), bool(asked)
 
 
 def new_asset(name):
