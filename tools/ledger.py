@@ -151,8 +151,16 @@ class Ledger:
             pass  # it has been read, and checked
 
     def forget(self):
-        """Have the next transaction read all rows."""
+        """Know no row; the next transaction reads them all."""
         self.events, self.hashes, self.assets, self.grants = [], [], {}, {}
+
+    def take_back(self, count):
+        """Know only so many rows, the first ones."""
+        events, hashes = self.events[:count], self.hashes[:count]
+        self.forget()
+        for event in events:
+            self.apply(event)
+        self.hashes = hashes
 
     def __enter__(self):
         return self
@@ -193,7 +201,7 @@ class Ledger:
                 self.commit()
             except BaseException:
                 self.end()
-                self.forget()
+                self.take_back(count)
                 raise
             self.tell_witness()
 
@@ -456,7 +464,7 @@ def summary(ledger):
 
 
 def show(ledger, flags):
-    """`show`: a line for each asset."""
+    """`show`: what each asset has left."""
     rows = [("asset", "lifetime", "granted", "given back", "left", "grants", "pending", "sequence")]
     for name, facts in ledger.assets.items():
         numbers = [facts["lifetime"], facts["granted"], facts["returned"], left_of(facts)]
@@ -470,7 +478,7 @@ def show(ledger, flags):
 
 
 def history(ledger, flags):
-    """`history`: a line for each row."""
+    """`history`: every row."""
     events = [{k: v for k, v in event.items() if k != "close"} for event in ledger.events]
     for number, event in enumerate(events, 1):
         facts = (f"{k} {v}" for k, v in event.items() if k not in ("event", "time"))
@@ -479,7 +487,8 @@ def history(ledger, flags):
 
 
 def verify(ledger, flags):
-    """`verify`: whoever opened the ledger has checked all of it; then what SQLite says."""
+    """`verify`: recompute the chain and the sums."""
+    # Whoever has opened the ledger has done that: what is left is what SQLite says of its file.
     with ledger.errors():
         found = [row for (row,) in ledger.db.execute("PRAGMA integrity_check")]
     if found != ["ok"]:
@@ -498,7 +507,7 @@ def raise_budget(ledger, flags):
 
 
 def make_witness(ledger, flags):
-    """`witness`: a first one, of the ledger as it is."""
+    """`witness`: make a witness of the ledger as it is now."""
     if flags.witness is None:
         raise Failure("--witness FILE: where it is to be, best on another disk")
     if os.path.lexists(flags.witness):
@@ -525,7 +534,9 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="ledger", description=__doc__.partition(":")[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, run in VERBS.items():
-        command = verbs.add_parser(verb, help=run.__doc__.partition(": ")[2], allow_abbrev=False)
+        command = verbs.add_parser(
+            verb, help=run.__doc__.split(": ")[1].strip("."), allow_abbrev=False
+        )
         command.add_argument("ledger", metavar="FILE", help="the ledger: MODEL.key.ledger")
         command.add_argument("--witness", metavar="FILE", help="where its last row is known")
         command.add_argument("--json", metavar="FILE", help="write JSON; - for standard output")
