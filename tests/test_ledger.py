@@ -17,7 +17,7 @@ from unittest import mock
 
 import muprotocol as mp
 import muproxy
-from tests.support import ROOT, SECONDS, TOOLS, Enclave, make_site, own
+from tests.support import FREE_RATE, ROOT, SECONDS, TOOLS, Enclave, make_site, own
 
 import ledger  # isort: skip  of tools, which tests.support has put on the path
 
@@ -278,6 +278,35 @@ sys.stdout.flush()
         self.assertGreater(kills, 12)
         grants = self.grants()
         self.assertEqual([grant["sequence"] for grant in grants], list(range(1, granted + 1)))
+
+    @unittest.skipUnless(shutil.which("strace"), "strace is not installed")
+    def test_on_the_disk_before_it_returns(self):
+        """The rows, then the end of the journal, which is the commit; then the witness."""
+        self.create()
+        with self.open() as book:
+            ledger.write_witness(self.witness, 3, book.hashes[2])
+        calls, trace = "pwrite64,fdatasync,fsync,unlink,rename,write", self.folder / "trace"
+        strace = ["strace", "-y", "-s", "20", "-o", trace, "-e", f"trace={calls}"]
+        done = run(self.SCRIPT, self.path, self.witness, repr(FACTS), prefix=strace)
+        self.assertEqual(done.stdout, "granted", done.stderr)
+        folder, path, told = f"<{self.folder}>)", f"<{self.path}>", f"<{self.witness}.new>"
+        steps = (
+            ("pwrite64", "-journal>"),
+            ("fdatasync", "-journal>"),
+            ("pwrite64", path),
+            ("fdatasync", path),
+            ("unlink", "-journal"),
+            ("fdatasync|fsync", folder),
+            ("write", told),
+            ("fsync", told),
+            ("rename", str(self.witness)),
+            ("fsync", folder),
+            ("write", '"granted"'),
+        )
+        lines = iter(trace.read_text().splitlines())
+        for calls, word in steps:
+            found = (line for line in lines if re.match(rf"({calls})\(", line) and word in line)
+            self.assertTrue(next(found, None), f"no {calls} of {word}:\n{trace.read_text()}")
 
 
 class Rows(Case):
@@ -644,7 +673,7 @@ sys.exit(owner.main(sys.argv[1:]))
         cls.enclave = Enclave(cls.site, environment={"ENCLAVE_THREADS": "1"})
         cls.addClassCleanup(cls.enclave.end)
         cls.files = [*cls.enclave.flags("owner"), "--witness", cls.home / "witness"]
-        cls.lease = ["--token-file", cls.site.token, "--budget", 1000]
+        cls.lease = ["--token-file", cls.site.token, "--budget", 1000, "--rate", FREE_RATE]
         cls.new = ["--new-ledger", "--lifetime-budget", LIFETIME]
 
     def setUp(self):
@@ -748,7 +777,32 @@ sys.exit(owner.main(sys.argv[1:]))
         self.assertEqual((last["state"], last["time"][:4]), ("complete", "2020"))
         self.assertEqual(self.status()["sequence"], last["sequence"])
 
-    def test_6_lock_works_whatever_the_ledger_is(self):
+    def test_6_lock_records_a_closing_statement(self):
+        """The lock is real; the statement is made here, under the key of the grant's handshake."""
+        grant = self.grants()[-1]
+        told = {"lease": grant["lease"], "spent": 7, "head": "00" * 32}
+        told |= {"mac": ledger.closing_mac(grant["close"], told)}
+        script = """
+import json
+def command(session, message, *answers, real=muproxy.Session.command):
+    real(session, message, *answers)
+    return {"closing": json.loads(statement)}
+statement = sys.argv.pop(1)
+muproxy.Session.command = command
+sys.exit(owner.main(sys.argv[1:]))
+"""
+        said = len(self.enclave.lines)
+        done = run(script, json.dumps(told | {"mac": "00" * 32}), "status", *self.files)
+        self.assertFails(1, "is not authentic", done)
+        done = run(script, json.dumps(told), "lock", *self.files)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        line = f"lease {grant['lease']} closed: 7 of 1,000 bytes spent, 0 given back\n"
+        self.assertIn(line, done.stdout)
+        self.assertEqual(self.grants()[-1]["state"], "closed")
+        port = self.enclave.wait_for("listening", said).split()[-1]
+        type(self).files = [*self.files, "--port", port]  # of another gate
+
+    def test_7_lock_works_whatever_the_ledger_is(self):
         self.path.chmod(0o644)
         done = own("lock", *self.files)
         self.path.chmod(0o600)

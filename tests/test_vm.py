@@ -267,9 +267,8 @@ class Boot(unittest.TestCase):
         return muproxy.Session(("127.0.0.1", self.port), reference, secret, role, inlet)
 
     def proxy(self, verb, *arguments):
-        secret = self.site.owner_psk if verb == "unlock" else self.site.user_psk
-        where = ["--port", self.port, "--reference", self.site.reference, "--psk", secret]
-        return support.proxy(verb, *where, *arguments)
+        where = ["--port", self.port, "--reference", self.site.reference]
+        return support.proxy(verb, *where, "--psk", self.site.user_psk, *arguments)
 
     def test_it_measures_what_was_built(self):
         done = self.proxy("attest", "--json")
