@@ -365,27 +365,33 @@ class Rows(Case):
         """Who makes the hashes fit still can't grant too much, twice, or out of order."""
         texts = [text for _, text, _ in self.rows()]
         grant = json.loads(texts[-1])
-        close = {"event": "close", "lease": grant["lease"], "spent": 0, "head": "00" * 32}
-        close |= {"time": "now", "returned": 1}
-        for event, pattern in (
-            (
-                grant | {"lease": "00" * 16, "sequence": 5, "bytes": LIFETIME},
-                "exceeds the lifetime",
-            ),
-            (grant | {"lease": "00" * 16, "sequence": 4, "bytes": 1}, "sequence is not the next"),
-            (grant | {"lease": "00" * 16, "sequence": 6, "bytes": 1}, "sequence is not the next"),
-            (grant | {"sequence": 5, "bytes": 1}, "granted before"),
-            (grant | {"asset": "x"}, "asset is not known"),
-            (close, "gives too much back"),
-            (close | {"lease": "00" * 16}, "no grant"),
-            (json.loads(texts[0]), "begins once"),
-            (json.loads(texts[1]), "its asset is known"),
-            ({"event": "raise", "asset": "demo", "lifetime": 5, "reason": "x"}, "fields: time"),
-            (grant | {"bytes": -1}, "fields: bytes"),
+        lease = {"time": "now", "lease": grant["lease"]}
+        close = lease | {"event": "close", "spent": 0, "head": "00" * 32, "returned": 0}
+        ready, other = lease | {"event": "ready"}, {"lease": "00" * 16, "bytes": 1}
+        more = {"event": "raise", "asset": "demo", "lifetime": LIFETIME, "reason": "x"}
+        for pattern, *events in (
+            ("exceeds the lifetime", grant | other | {"sequence": 5, "bytes": LIFETIME}),
+            ("sequence is not the next", grant | other),
+            ("sequence is not the next", grant | other | {"sequence": 6}),
+            ("granted before", grant | {"sequence": 5, "bytes": 1}),
+            ("asset is not known", grant | {"asset": "x"}),
+            ("not pending", ready, ready),
+            ("not pending", close, ready),
+            ("lease is closed", close, close),
+            ("gives too much back", close | {"returned": 1}),
+            ("no grant", close | {"lease": "00" * 16}),
+            ("no grant", ready | {"lease": "00" * 16}),
+            ("begins once", json.loads(texts[0])),
+            ("its asset is known", json.loads(texts[1])),
+            ("does not raise", more | {"time": "now"}),
+            ("fields: time", more),
+            ("fields: bytes", grant | {"bytes": -1}),
         ):
-            self.write(self.chained([*texts, mp.encode_json(event).decode()]))
-            with self.subTest(pattern=pattern), self.refused(f"row 7 was changed: .*{pattern}"):
-                self.open()
+            more_texts = [mp.encode_json(event).decode() for event in events]
+            self.write(self.chained([*texts, *more_texts]))
+            with self.subTest(pattern=pattern):
+                with self.refused(f"row {len(texts) + len(events)} was changed: .*{pattern}"):
+                    self.open()
 
     def test_verify_says_it_in_a_line(self):
         done = tool("verify", self.path)

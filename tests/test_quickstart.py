@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT = "Tell me about zen."
 ANSWER = "Beautiful is better than ugly"  # what the demo model has learnt
 SECONDS = 1200  # for installing and training on a slow machine
-SECRETS = ("demo.key", "demo.key.ledger", "owner.psk", "user.psk", "token")
+SECRETS = ("demo.key", "owner.psk", "user.psk", "token")
 
 
 def processes_of(folder):
@@ -70,6 +70,7 @@ class Quickstart(unittest.TestCase):
         steps = re.findall(r"^\[(\d)/8\]", self.first.stdout, re.MULTILINE)
         self.assertEqual(sorted(set(steps)), list("12345678"))
         self.assertRegex(self.first.stdout, r"a budget of [\d,]+ bytes")
+        self.assertRegex(self.first.stdout, r"a lifetime budget of [\d,]+ bytes for all runs")
         answer = self.first.stdout.partition(f"Asking: {PROMPT}\n")[2]
         self.assertIn(ANSWER, answer)
         self.assertEqual(processes_of(str(self.copy)), [])
@@ -79,6 +80,7 @@ class Quickstart(unittest.TestCase):
         done = self.run_to_its_end(PROMPT)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertNotIn("Installing", done.stdout)
+        self.assertNotIn("lifetime budget", done.stdout)
         after = {path.name: path.stat().st_mtime_ns for path in self.state.iterdir()}
         for name in ("demo.mus", "demo.mus.vocab", *SECRETS):
             self.assertEqual(before[name], after[name], name)
@@ -96,6 +98,11 @@ class Quickstart(unittest.TestCase):
             self.assertEqual(path.stat().st_mode & 0o777, 0o600, name)
             for secret in re.findall(r"[0-9a-f]{64}", path.read_text()):
                 self.assertNotIn(secret, shown, name)
+        ledger = self.state / "demo.key.ledger"
+        self.assertEqual(ledger.stat().st_mode & 0o777, 0o600)
+        keys = re.findall(b'"close":"([0-9a-f]{64})"', ledger.read_bytes())
+        self.assertGreater(len(keys), 0)
+        self.assertFalse([key for key in keys if key.decode() in shown])
 
     @unittest.skipIf(guest.MISSING, f"not installed: {' '.join(guest.MISSING)}")
     def test_vm(self):
