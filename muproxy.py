@@ -338,6 +338,7 @@ class Session:
     checks: what was verified, against `reference`, at the time `verified`. measurement: step 1.
     ready: step 3, with what answers said since, the last time at `told`. final: an answer's last
     record.
+    close_key: 32 bytes, under which the enclave states what a lease that was sent here has spent.
     Raises Refusal when a check fails, else ProtocolError: connection_lost or timeout for a link
     that fails, the enclave's code for what it refuses.
     """
@@ -367,7 +368,7 @@ class Session:
         if not all(check.ok or check.name in excused for check in self.checks):
             raise Refusal(self.checks)
         keys = mp.session_keys(share.agree(bytes.fromhex(self.measurement["share"])), transcript)
-        self.close_key = keys["close"]  # of the closing statement of a lease that is sent here
+        self.close_key = keys["close"]
         self.sealer = mp.Sealer(keys["h2e"])
         self.opener = mp.Opener(keys["e2h"], mp.MESSAGE_LIMIT)
 

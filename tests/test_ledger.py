@@ -387,11 +387,18 @@ class Rows(Case):
             ("fields: time", more),
             ("fields: bytes", grant | {"bytes": -1}),
         ):
-            more_texts = [mp.encode_json(event).decode() for event in events]
-            self.write(self.chained([*texts, *more_texts]))
+            added = [mp.encode_json(event).decode() for event in events]
+            self.write(self.chained([*texts, *added]))
             with self.subTest(pattern=pattern):
                 with self.refused(f"row {len(texts) + len(events)} was changed: .*{pattern}"):
                     self.open()
+
+        self.write(self.chained(texts[1:]))
+        with self.refused("row 1 was changed: a ledger begins once, and with that"):
+            self.open()
+        self.write([])
+        with self.refused("it has no rows", 2):
+            self.open()
 
     def test_verify_says_it_in_a_line(self):
         done = tool("verify", self.path)

@@ -56,21 +56,28 @@ WITNESS_LIMIT = 4096  # bytes
 LOCAL = (0xEF53, 0x58465342, 0x9123683E, 0x2FC12FC1, 0xF2F52010, 0xCA451A4E, 0x3153464A, 0xF15F)
 LOCAL += (0x794C7630, 0x01021994)
 
-NAMED = {"time": mp.is_text(1, 40), "asset": mp.is_name}
 BYTES = mp.is_integer(0, 1 << 50)
 EVENTS = {
-    "ledger": {"time": mp.is_text(1, 40), "id": mp.is_hex(16)},  # the first row: no two are equal
-    "create": NAMED | {"size": mp.COUNT, "lifetime": BYTES},
-    "raise": NAMED | {"lifetime": BYTES, "reason": mp.is_text(1, 1000)},
-    "grant": NAMED
-    | {"sequence": mp.LEASE["sequence"], "lease": mp.is_hex(16), "bytes": mp.LEASE["budget"]}
-    | {"model": mp.is_hex(32), "root": muproxy.REFERENCE["root"], "measurement": mp.is_hex(32)}
-    | {"close": mp.is_hex(32)},  # the handshake's key under which the enclave states what it spent
-    "ready": {"time": mp.is_text(1, 40), "lease": mp.is_hex(16)},
-    "close": {"time": mp.is_text(1, 40), "lease": mp.is_hex(16), "head": mp.is_hex(32)}
-    | {"spent": mp.COUNT, "returned": BYTES},
+    "ledger": {"id": mp.is_hex(16)},  # the first row: no two ledgers are equal
+    "create": {"asset": mp.is_name, "size": mp.COUNT, "lifetime": BYTES},
+    "raise": {"asset": mp.is_name, "lifetime": BYTES, "reason": mp.is_text(1, 1000)},
+    "grant": {
+        "asset": mp.is_name,
+        "sequence": mp.LEASE["sequence"],
+        "lease": mp.LEASE["id"],
+        "bytes": mp.LEASE["budget"],
+        "model": mp.is_hex(32),  # digest of the sealed header
+        "root": muproxy.REFERENCE["root"],  # of the evidence
+        "measurement": mp.is_hex(32),
+        "close": mp.is_hex(32),  # the handshake's key under which the enclave says what it spent
+    },
+    "ready": {"lease": mp.is_hex(16)},
+    "close": {"lease": mp.is_hex(16), "spent": mp.COUNT, "head": mp.is_hex(32), "returned": BYTES},
 }
-SCHEMAS = [fields | {"event": mp.is_one_of(name)} for name, fields in EVENTS.items()]
+SCHEMAS = [
+    fields | {"event": mp.is_one_of(name), "time": mp.is_text(1, 40)}
+    for name, fields in EVENTS.items()
+]
 WITNESS = {"version": mp.is_one_of(1), "count": mp.is_integer(1, 1 << 53), "hash": mp.is_hex(32)}
 # What an enclave says at the end of a lease: bytes spent, head of its chain of exchanges, HMAC.
 STATEMENT = {"lease": mp.is_hex(16), "spent": mp.COUNT, "head": mp.is_hex(32), "mac": mp.is_hex(32)}
@@ -128,9 +135,9 @@ def sync_folder(path):
 class Ledger:
     """An open ledger: a context manager. All methods raise Failure, and then have granted nothing.
 
-    events: as in EVENTS, in their order; hashes: of their rows. assets: {name: lifetime, size,
-    returned, granted, grants, pending, last_sequence}. grants: {lease id: the event, and `state`:
-    pending, complete once the enclave has named the lease, closed}.
+    events: as in EVENTS, in their order; hashes: of their rows. assets: {name: {lifetime, granted,
+    returned: bytes, grants, pending, last_sequence: int}}. grants: {lease id: the event, and
+    `state`: pending, complete once the enclave has named the lease, closed}.
     """
 
     def __init__(self, path, witness=None):
@@ -142,13 +149,17 @@ class Ledger:
                 raise Failure(f"{path}: others can read it; chmod 600 {path}")
             place = pathlib.Path(path).absolute().as_uri() + "?mode=rw"
             self.db = sqlite3.connect(place, BUSY_SECONDS, isolation_level=None, uri=True)
-        with self.errors():
-            # A rollback journal, so that at rest the one file is all of it and can be copied. Its
-            # end is the commit: EXTRA is FULL, and has that on the disk too.
-            self.db.execute("PRAGMA journal_mode = DELETE")
-            self.db.execute("PRAGMA synchronous = EXTRA")
-        with self.transaction():
-            pass  # it has been read, and checked
+        try:
+            with self.errors():
+                # A rollback journal, so that at rest the one file is all of it and can be copied.
+                # Its end is the commit: EXTRA is FULL, and has that on the disk too.
+                self.db.execute("PRAGMA journal_mode = DELETE")
+                self.db.execute("PRAGMA synchronous = EXTRA")
+            with self.transaction():
+                pass  # it has been read, and checked
+        except BaseException:
+            self.db.close()
+            raise
 
     def forget(self):
         """Know no row; the next transaction reads them all."""
@@ -246,6 +257,8 @@ class Ledger:
                 raise Failure(f"{text}; restore the ledger as the README says", REFUSED) from None
             self.hashes.append(row_hash)
             last = row_hash
+        if not self.events:
+            raise Failure(f"{self.path}: not a ledger, or damaged: it has no rows")
 
     def append(self, event):
         """Add a row; `commit` makes it last."""
@@ -267,9 +280,8 @@ class Ledger:
         elif kind in ("raise", "grant"):
             rule(event["asset"] in self.assets, "its asset is not known")
             asset = self.assets[event["asset"]]
-        if kind == "ledger":
-            rule(not self.events, "a ledger begins once")
-        elif kind == "create":
+        rule(bool(self.events) == (kind != "ledger"), "a ledger begins once, and with that")
+        if kind == "create":
             rule(event["asset"] not in self.assets, "its asset is known")
             counts = dict.fromkeys(("granted", "returned", "grants", "pending", "last_sequence"), 0)
             self.assets[event["asset"]] = {"lifetime": event["lifetime"]} | counts
@@ -289,7 +301,7 @@ class Ledger:
             rule(grant["state"] == "pending", "its lease is not pending")
             grant["state"] = "complete"
             asset["pending"] -= 1
-        else:
+        elif kind == "close":
             rule(grant["state"] != "closed", "its lease is closed")
             rule(event["returned"] <= returnable(grant, event["spent"]), "it gives too much back")
             asset["pending"] -= grant["state"] == "pending"
@@ -314,11 +326,16 @@ class Ledger:
 
     def tell_witness(self):
         """Have the witness know the last row; under the lock, so that it never goes back."""
-        if self.witness is not None:
+        if self.witness is None:
+            return
+        with self.errors():
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 self.catch_up()
                 write_witness(self.witness, len(self.hashes), self.hashes[-1])
+            except OSError as error:
+                text = f"{self.witness}: {error.strerror}: it was not told of the ledger's last row"
+                raise Failure(f"{text}, which stays") from None
             finally:
                 self.end()
 
