@@ -44,41 +44,17 @@ EVIDENCE_KINDS = ("psk", "tpm2", "tsm")
 DEFAULT_RATE = 5120  # bytes a second
 DEFAULT_BURST = 32 << 10  # bytes
 
-# Everything an enclave or a verifier may answer a peer's mistake with. The text is constant for
-# each code, so that an error carries nothing but its code.
-ERRORS = {
-    "bad_frame": "a frame was longer than this step allows, or ended early",
-    "bad_json": "a message was not strict UTF-8 JSON of one object",
-    "bad_message": "a message had missing, unknown or ill-typed fields for this step",
-    "bad_record": "a record failed authentication or was malformed",
-    "bad_share": "the peer's key share was out of range",
-    "timeout": "the peer took too long",
-    "connection_lost": "the connection ended before the step was complete",
-    "version_unsupported": "the peer speaks another version of the protocol",
-    "evidence_refused": "the evidence does not match the reference values",
-    "evidence_unavailable": "this kind of evidence is not available",
-    "locked": "the enclave is locked: the owner has to unlock it",
-    "token_refused": "the token was refused",
-    "wrong_key": "the weights key does not belong to this model",
-    "wrong_model": "the enclave holds another model than the token names",
-    "lease_refused": "the lease was seen before, is out of order, or is exhausted",
-    "lease_ended": "the lease has ended",
-    "container_corrupt": "the sealed weights failed authentication",
-    "model_invalid": "the sealed model can't be loaded",
-    "no_engine": "the inference engine is not installed in this enclave",
-    "out_of_memory": "the model does not fit in memory",
-    "engine_lost": "the engine died; it is being started again",
-    "prompt_invalid": "the prompt or its messages can't be rendered",
-    "prompt_too_long": "the prompt does not fit into the model's context",
-    "too_many_tokens": "prompt and max_new_tokens do not fit into the model's context",
-    "policy_refused": "the lease's sampling policy does not allow this request",
-    "busy": "the enclave has no room for another request or session now",
-    "draining": "the enclave is shutting down",
-}
+# Everything an enclave or a verifier may answer a peer's mistake with: a code, and nothing else.
+ERRORS = """
+bad_frame bad_json bad_message bad_record bad_share timeout connection_lost version_unsupported
+evidence_refused evidence_unavailable locked token_refused wrong_key wrong_model lease_refused
+lease_ended container_corrupt model_invalid no_engine out_of_memory engine_lost prompt_invalid
+prompt_too_long too_many_tokens policy_refused busy draining
+""".split()
 
 
 class ProtocolError(Exception):
-    """A peer, a file or a request broke a rule. `code` is a key of ERRORS.
+    """A peer, a file or a request broke a rule. `code` is one of ERRORS.
 
     `detail` is for the local reader only and never crosses the wire; `limit` may.
     """
@@ -87,7 +63,7 @@ class ProtocolError(Exception):
         self.code = code
         self.detail = detail
         self.limit = limit
-        super().__init__(f"{ERRORS[code]} ({detail})" if detail else ERRORS[code])
+        super().__init__(f"{code}: {detail}" if detail else code)
 
 
 # ---------------------------------------------------------------- strict JSON

@@ -48,6 +48,44 @@ class Failure(Exception):
         super().__init__(text)
 
 
+TEXTS = {  # a code of mp.ERRORS: what it tells a user
+    "bad_frame": "a frame was longer than this step allows, or ended early",
+    "bad_json": "a message was not strict UTF-8 JSON of one object",
+    "bad_message": "a message had missing, unknown or ill-typed fields for this step",
+    "bad_record": "a record failed authentication or was malformed",
+    "bad_share": "the peer's key share was out of range",
+    "timeout": "the peer took too long",
+    "connection_lost": "the connection ended before the step was complete",
+    "version_unsupported": "the peer speaks another version of the protocol",
+    "evidence_refused": "the evidence does not match the reference values",
+    "evidence_unavailable": "this kind of evidence is not available",
+    "locked": "the enclave is locked: the owner has to unlock it",
+    "token_refused": "the token was refused",
+    "wrong_key": "the weights key does not belong to this model",
+    "wrong_model": "the enclave holds another model than the token names",
+    "lease_refused": "the lease was seen before, is out of order, or is exhausted",
+    "lease_ended": "the lease has ended",
+    "container_corrupt": "the sealed weights failed authentication",
+    "model_invalid": "the sealed model can't be loaded",
+    "no_engine": "the inference engine is not installed in this enclave",
+    "out_of_memory": "the model does not fit in memory",
+    "engine_lost": "the engine died; it is being started again",
+    "prompt_invalid": "the prompt or its messages can't be rendered",
+    "prompt_too_long": "the prompt does not fit into the model's context",
+    "too_many_tokens": "prompt and max_new_tokens do not fit into the model's context",
+    "policy_refused": "the lease's sampling policy does not allow this request",
+    "busy": "the enclave has no room for another request or session now",
+    "draining": "the enclave is shutting down",
+}
+
+
+def text_of(error):
+    """What an exception tells a user: a ProtocolError in words, any other as it is."""
+    if not isinstance(error, ProtocolError):
+        return str(error)
+    return f"{TEXTS[error.code]} ({error.detail})" if error.detail else TEXTS[error.code]
+
+
 # ==== files and reference values
 
 FILE_LIMIT = 64 << 20
@@ -656,7 +694,7 @@ def http_error(error):
     """The HttpError for a ProtocolError; it shows the code's constant text alone."""
     limit = "" if error.limit is None else f" of {error.limit} tokens"
     code = CODES.get(error.code, error.code)
-    return HttpError(STATUSES.get(error.code, 503), mp.ERRORS[error.code] + limit, code)
+    return HttpError(STATUSES.get(error.code, 503), TEXTS[error.code] + limit, code)
 
 
 def unsupported(name):
@@ -1231,7 +1269,7 @@ def chat_loop(pool, token, options):
                 turns = [*turns, asked, {"role": "assistant", "content": text}]
             except ProtocolError as error:
                 status = status_of(error)
-                say(f"error: {error}")
+                say(f"error: {text_of(error)}")
 
 
 def batch(pool, token, options):
@@ -1245,7 +1283,7 @@ def batch(pool, token, options):
                 except ProtocolError as error:
                     results.append({"prompt": prompt, "error": error.code})
                     status = status_of(error)
-                    say(f"error: prompt {number}: {error}")
+                    say(f"error: prompt {number}: {text_of(error)}")
                     if error.code not in mp.CORRECTABLE:
                         break
                     continue
@@ -1457,7 +1495,7 @@ def run_command(parser, arguments):
         say(f"error: {error}", program)
         return error.status
     except ProtocolError as error:
-        say(f"error: {options.host}:{options.port}: {error}", program)
+        say(f"error: {options.host}:{options.port}: {text_of(error)}", program)
         return status_of(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains later

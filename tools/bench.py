@@ -235,11 +235,11 @@ def main(argv=None):
         if flags.json != "-":
             show_boot(figures)
         environment.write_document(flags.json, "bench", {"boot": figures})
-    except (ToolError, pcr.PcrError, measure.MeasureError, mp.ProtocolError) as error:
+    except (ToolError, pcr.PcrError, measure.MeasureError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1
-    except muproxy.Failure as error:
-        print(f"bench: error: {error}", file=sys.stderr)
+    except (muproxy.Failure, mp.ProtocolError) as error:
+        print(f"bench: error: {muproxy.text_of(error)}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"bench: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)

@@ -22,6 +22,7 @@ import measure  # noqa: E402
 
 import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
+import muproxy  # noqa: E402
 
 LEVELS = ("full", "seccomp", "none")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
@@ -69,7 +70,7 @@ def check_files(values):
     try:
         muenclave.read_header(path)
     except (OSError, mp.ProtocolError) as error:
-        raise StartError(f"can't use the model {path}: {error}") from None
+        raise StartError(f"can't use the model {path}: {muproxy.text_of(error)}") from None
     if values["ENCLAVE_EVIDENCE"] == "tpm2" and not os.path.exists(values["ENCLAVE_TPM"]):
         raise StartError(f"ENCLAVE_TPM: no TPM at {values['ENCLAVE_TPM']}")
     for name in ("ENCLAVE_OWNER_PSK", "ENCLAVE_USER_PSK"):

@@ -324,7 +324,7 @@ def enroll_pcrs(reference, place):
         text = "; ".join(f"{c.name}: expected {c.expected}, got {c.got}" for c in wrong)
         raise EnrollError(f"{place} is not what the file says: {text}") from None
     except (ValueError, mp.ProtocolError) as error:
-        raise EnrollError(f"{place}: {error}") from None
+        raise EnrollError(f"{place}: {muproxy.text_of(error)}") from None
     pcrs |= {new[check.name]: check.got for check in session.checks if check.name in new}
     reference = {name: value for name, value in reference.items() if name != "event_log"}
     return reference | {"pcrs": pcrs} | ({"event_log": log.hex()} if leads_to(log, pcrs) else {})

@@ -802,7 +802,7 @@ def main(argv=None):
     try:
         run(flags)
     except (SealError, muproxy.Failure, mp.ProtocolError) as error:
-        print(f"seal: error: {error}", file=sys.stderr)
+        print(f"seal: error: {muproxy.text_of(error)}", file=sys.stderr)
     except OSError as error:
         path = error.filename or flags.output or flags.verify or flags.info
         print(f"seal: error: {path}: {error.strerror or error}", file=sys.stderr)
