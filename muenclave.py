@@ -22,7 +22,6 @@ import hashlib
 import json
 import mmap
 import os
-import platform
 import re
 import resource
 import secrets
@@ -39,7 +38,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import muprotocol as mp
-from muprotocol import ProtocolError
+from muprotocol import ProtocolError, is_readable
 
 # ==== settings
 # In the guest from CONFIG_FILE, elsewhere from the environment, which tools/enclave.py fills in.
@@ -78,28 +77,23 @@ def read_measurement(settings):
 # the C library falls back to clone, whose flags a filter can see.
 
 UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
-# Column in SYSCALLS, AUDIT_ARCH, seccomp's own number. aarch64 is untested.
-ARCHITECTURES = {"x86_64": (1, 0xC000003E, 317), "aarch64": (2, 0xC00000B7, 277)}
-# Name, number on x86-64, number on aarch64 (-1: none), who may call it (gate, loader, engine), and
-# a condition: argument & mask == value. clone makes threads (CLONE_THREAD), no processes; sendto
-# does not connect (MSG_FASTOPEN). ioctl makes a socket non-blocking (FIONBIO), setsockopt sets
-# SO_SNDTIMEO; fcntl seals and duplicates, and sends no signals (F_SETSIG). No new mapping of gate
-# and loader is executable; torch compiles its CPU kernels at run time, so the engine's may be.
+# Name, number on x86-64, who may call it (gate, loader, engine), and a condition: argument & mask
+# == value. clone makes threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN).
+# ioctl makes a socket non-blocking (FIONBIO), setsockopt sets SO_SNDTIMEO; fcntl seals and
+# duplicates, and sends no signals (F_SETSIG). No new mapping of gate and loader is executable;
+# torch compiles its CPU kernels at run time, so the engine's may be.
 SYSCALLS = """
-read 0 63 gle, write 1 64 gle, close 3 57 gle, fstat 5 80 gle, lseek 8 62 gle, munmap 11 215 gle,
-brk 12 214 gle, rt_sigaction 13 134 gle, rt_sigprocmask 14 135 gle, rt_sigreturn 15 139 gle,
-sched_yield 24 124 gle, mremap 25 216 gle, madvise 28 233 gle, getpid 39 172 gle,
-recvfrom 45 207 gle, exit 60 93 gle, gettid 186 178 gle, futex 202 98 gle,
-sched_getaffinity 204 123 gle, restart_syscall 219 128 gle, clock_gettime 228 113 gle,
-clock_nanosleep 230 115 gle, exit_group 231 94 gle, set_robust_list 273 99 gle,
-getrandom 318 278 gle, rseq 334 293 gle, poll 7 -1 ge, ppoll 271 73 ge, recvmsg 47 212 ge,
-accept4 288 242 g, shutdown 48 210 g, getsockopt 55 209 g, getsockname 51 204 g,
-preadv2 327 286 l, ftruncate 77 46 l, sendmsg 46 211 l, mmap 9 222 e, mprotect 10 226 e,
-mmap 9 222 gl 2 4 0, mprotect 10 226 gl 2 4 0, clone 56 220 gle 0 0x10000 0x10000,
-sendto 44 206 gle 3 0x20000000 0, ioctl 16 29 g 1 0xFFFFFFFF 0x5421,
-setsockopt 54 208 g 2 0xFFFFFFFF 21, fcntl 72 25 l 1 0xFFFFFFF0 0x400
+read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
+rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
+madvise 28 gle, getpid 39 gle, recvfrom 45 gle, exit 60 gle, gettid 186 gle, futex 202 gle,
+sched_getaffinity 204 gle, restart_syscall 219 gle, clock_gettime 228 gle, clock_nanosleep 230 gle,
+exit_group 231 gle, set_robust_list 273 gle, getrandom 318 gle, rseq 334 gle, poll 7 ge,
+ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, getsockname 51 g,
+preadv2 327 l, ftruncate 77 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
+mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
+ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400
 """
-CLONE3 = 435  # on both
+AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 
 
@@ -153,18 +147,16 @@ def set_capabilities(kept):
     check(libc().capset(header, data), "capset")
 
 
-def filter_program(role, machine):
+def filter_program(role):
     """The seccomp filter of a role, as bytes of classic BPF, 8 for each instruction."""
-    column, audit, _ = ARCHITECTURES[machine]
     load, equal, mask_with, give = 0x20, 0x15, 0x54, 0x06
     allow, refuse, absent = 0x7FFF0000, 0x50001, 0x50026  # EPERM is 1, ENOSYS 38
-    program = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, refuse), (load, 0, 0, 0)]
+    program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH), (give, 0, 0, refuse), (load, 0, 0, 0)]
     program += [(equal, 0, 1, CLONE3), (give, 0, 0, absent)]
     for fields in map(str.split, SYSCALLS.split(",")):
-        if role[0] in fields[3]:
-            argument, mask, value = (int(field, 0) for field in fields[4:] or "000")
-            number = int(fields[column]) & 0xFFFFFFFF
-            program += [(equal, 0, 5, number), (load, 0, 0, 16 + 8 * argument)]
+        if role[0] in fields[2]:
+            argument, mask, value = (int(field, 0) for field in fields[3:] or "000")
+            program += [(equal, 0, 5, int(fields[1])), (load, 0, 0, 16 + 8 * argument)]
             program += [(mask_with, 0, 0, mask), (equal, 0, 1, value)]
             program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     program.append((give, 0, 0, refuse))
@@ -175,11 +167,9 @@ def confine(role, level):
     """Install the role's filter on every thread of this process. Raises OSError."""
     if level == "none":
         return
-    machine, mode_filter, all_threads = platform.machine(), 1, 1
-    code = ctypes.create_string_buffer(filter_program(role, machine))
+    code = ctypes.create_string_buffer(filter_program(role))
     header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(code))
-    seccomp = ARCHITECTURES[machine][2]
-    result = libc().syscall(seccomp, mode_filter, all_threads, ctypes.c_char_p(header))
+    result = libc().syscall(SECCOMP, MODE_FILTER, ALL_THREADS, ctypes.c_char_p(header))
     check(result, "the system call filter")
 
 
@@ -188,7 +178,7 @@ def confine(role, level):
 # s start loader and engine, k kill them, a start me afresh, r confined and running, l a line of
 # LOG by number (with the port, for the first); e, an error text, is heard only before r.
 
-LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended")
+LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended", "nearly spent")
 DRAIN_SECONDS = 60  # from SIGTERM to the end of running answers
 WITHHELD = {"gate": (), "loader": ("_PSK",), "engine": ("_PSK", "_PATH")}  # ends of names
 
@@ -359,7 +349,6 @@ RESPAWNS = 8  # engine deaths in a lease
 PIPE_READ = 64 << 10  # bytes taken from the engine at a time
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
 GONE = getattr(select, "POLLRDHUP", 0)  # a peer that has closed; a connection shut down
-SHAPING = {"top_p", "top_k", "repetition_penalty"}  # what can't be audited yet
 STATES = {  # state: event -> next state
     "locked": {"unlock": "loading", "end": "lease ended"},
     "loading": {"loaded": "ready", "end": "lease ended"},
@@ -456,12 +445,13 @@ class Gate:
         self.facts = {"measurement": read_measurement(settings), "model": self.digest}
         self.facts["posture"] = {"confinement": settings["ENCLAVE_CONFINEMENT"], "debug": False}
         self.lock, self.pipe = threading.RLock(), threading.Lock()  # pipe: one message at a time
-        self.state, self.account = "locked", mp.Account()
-        self.container = self.key = self.engine = self.vocabulary = None
-        self.progress = self.context = self.restarts = 0
+        self.state, self.account, self.head = "locked", mp.Account(), bytes(32)
+        self.container = self.key = self.engine = self.vocabulary = self.closing = None
+        self.progress = self.context = self.restarts = self.turn = 0
         self.is_draining, self.code = False, None  # code: why the lease ended
-        self.replies = {}  # slot: reply that the engine has not ended
-        self.sessions = {}  # session: None, the oldest first
+        # Slot: reply that the engine has not ended. Session: None, the oldest first. Replies that
+        # are not in the chain of exchanges yet.
+        self.replies, self.sessions, self.open = {}, {}, []
         rate, burst = int(settings["ENCLAVE_RATE"]), int(settings["ENCLAVE_BURST"])
         # Full at the start: before an unlock, nothing that leaves was chosen by an engine.
         self.handshakes = mp.Meter(rate, burst, -burst * mp.NANOSECOND)
@@ -473,11 +463,16 @@ class Gate:
         now, share = time.monotonic_ns(), rate // HANDSHAKE_SHARE
         self.handshakes.change(share, burst // 2, now)
         self.cells.change(rate - share, burst // 2, now)
-        self.tick = max(SHORTEST_TICK, mp.CELL * mp.NANOSECOND // (rate - share))
+        self.cell_time = mp.CELL * mp.NANOSECOND // (rate - share)
+        self.tick = max(SHORTEST_TICK, self.cell_time)
 
-    def wait_tick(self):
-        """Sleep to the next tick, so that the moments of what leaves are those of a clock."""
-        time.sleep((self.tick - time.monotonic_ns() % self.tick) / mp.NANOSECOND)
+    def wait_turn(self):
+        """Sleep to a cell's turn: so many at a tick as the rate allows, in the order of asking."""
+        with self.lock:
+            now = time.monotonic_ns()
+            self.turn = max(self.turn + self.cell_time, now - now % self.tick)
+            wait = -(-self.turn // self.tick) * self.tick - now
+        time.sleep(max(0, wait) / mp.NANOSECOND)
 
     def log(self, line, number=0):
         """Have init print a line of LOG."""
@@ -491,7 +486,7 @@ class Gate:
         self.log(self.state)
         return True
 
-    def unlock(self, token):
+    def unlock(self, token, close_key):
         """Check an unlock token; with a lease, take that and load the weights. ProtocolError."""
         with self.lock:
             if token["model"] != self.digest:
@@ -502,7 +497,7 @@ class Gate:
                 raise ProtocolError("wrong_key")
             if "lease" not in token:
                 return
-            self.account.add(token["lease"], time.monotonic_ns())
+            self.account.add(token["lease"], time.monotonic_ns(), close_key)
             self.set_rate(token["lease"]["rate"], token["lease"]["burst"])
             self.key = key
             if self.enter("unlock"):
@@ -513,15 +508,20 @@ class Gate:
         with self.lock:
             if bits > self.account.bits:
                 self.end_lease("lease_ended")
-            self.account.charge(bits)
+            if self.account.charge(bits):
+                self.log("nearly spent")
 
     def end_lease(self, code):
         """Kill the engine, drop the key; all sessions end, and the gate then starts afresh.
 
-        Python can't be trusted to erase the key: only the end of this process does.
+        closing: the statement of what was spent, if there was a lease. Python can't be trusted to
+        erase the key: only the end of this process does.
         """
         with self.lock:
             if self.code is None:
+                for reply in list(self.open):
+                    self.chain(reply, code)
+                self.closing = self.account.close(self.head)
                 self.code, self.key, self.account = code, None, mp.Account()
                 self.enter("end")
                 self.control.send(b"k")
@@ -586,7 +586,7 @@ class Gate:
         if kind == mp.ID and value < len(self.vocabulary) and reply.limit > 0:
             reply.limit -= 1
             if not reply.ids:
-                reply.due = time.monotonic_ns() + reply.latency
+                reply.due = time.monotonic_ns() + reply.lease["policy"]["latency_ms"] * 10**6
             if not reply.ending:
                 reply.ids.append(value)
         elif kind == mp.LENGTH and not reply.prompt_tokens and 0 < value <= self.context:
@@ -609,19 +609,26 @@ class Gate:
                 raise ProtocolError(self.code or "draining")
             if self.state != "ready":
                 raise ProtocolError("engine_lost")
-            policy = self.account.lease["policy"]
-            if policy["verified"] and (SHAPING & request.keys() or "seed" not in request):
-                raise ProtocolError("policy_refused")
+            request = {"seed": secrets.randbits(63)} | self.account.admit(request)
             free = set(range(2 * self.limit)) - self.replies.keys()
             if not free:  # taken by cancelled answers that the engine has not ended yet
                 raise ProtocolError("busy")
             reply = types.SimpleNamespace(slot=min(free), ids=collections.deque(), due=0)
-            reply.latency = policy["latency_ms"] * 10**6
             reply.limit = min(request.get("max_new_tokens", self.context), self.context)
             reply.ending, reply.error, reply.prompt_tokens = None, None, 0
+            reply.lease, reply.request, reply.sent = self.account.lease, request, []
             self.replies[reply.slot] = reply
-        self.to_engine(reply, {"seed": secrets.randbits(63)} | request | {"slot": reply.slot})
+            self.open.append(reply)
+        self.to_engine(reply, request | {"slot": reply.slot})
         return reply
+
+    def chain(self, reply, ended):
+        """Add an exchange to the chain, once. Returns the chain's head, in hexadecimal."""
+        with self.lock:
+            if reply in self.open:
+                self.open.remove(reply)
+                self.head = mp.chain(self.head, reply.lease["id"], reply.request, reply.sent, ended)
+            return self.head.hex()
 
     def cancel(self, reply):
         """End an answer early; what has not been sent by now never leaves."""
@@ -660,8 +667,8 @@ class Session:
 
     def __init__(self, gate, connection):
         self.gate, self.connection, self.meter = gate, connection, gate.handshakes
-        self.role = self.user = self.sealer = self.opener = None
-        self.is_busy = self.is_known = False  # known: it has proved that it may be here
+        self.role = self.user = self.sealer = self.opener = self.close_key = None
+        self.is_known = False  # whether it has proved that it may be here
 
     def run(self):
         """Serve the peer. One that breaks the protocol hears no more than an error's code."""
@@ -708,6 +715,8 @@ class Session:
         """Send a message, JSON or packed ids, as cells."""
         body = mp.encode_json(value) if kind == mp.JSON_RECORD else value
         for cell in self.sealer.seal(kind, body):
+            if self.is_known:
+                self.gate.wait_turn()
             self.write(cell)
 
     def refuse(self, error):
@@ -732,16 +741,15 @@ class Session:
         proof = gate.evidence.produce(challenge["role"], mp.report_data(kind, transcript))
         self.write(mp.frame(answer) + mp.frame(proof))
         self.role, self.opener = challenge["role"], mp.Opener(keys["h2e"], mp.REQUEST_FRAME)
-        self.sealer = mp.Sealer(keys["e2h"], mp.CELL)
+        self.sealer, self.close_key = mp.Sealer(keys["e2h"], mp.CELL), keys["close"]
 
     def prove(self, body):
         """Step 2: an unlock token from an owner, an access token from a user."""
         if self.role == "owner":
             token = mp.parse_message(body, mp.UNLOCK, mp.LOG)
-            return self.gate.unlock(token) if "key" in token else self.tell_log()
-        token = mp.parse_message(body, mp.ACCESS)["token"]
+            return self.gate.unlock(token, self.close_key) if "key" in token else self.tell_log()
         with self.gate.lock:
-            user = self.gate.account.user(token)
+            user = self.gate.account.user(mp.parse_message(body, mp.ACCESS)["token"])
             if sum(bool(other.user) for other in self.gate.sessions) >= self.gate.limit - 1:
                 raise ProtocolError("busy")  # the last place is kept for the owner
             self.user = user
@@ -764,7 +772,7 @@ class Session:
             if told != self.gate.progress:
                 told = self.gate.progress
                 self.say({"status": "loading", "progress": told})
-            self.gate.wait_tick()
+            time.sleep(PAUSE)
         self.check()
         self.say(self.gate.ready())
 
@@ -784,7 +792,6 @@ class Session:
 
     def serve(self, body):
         """Step 4: a request, or an owner's command. A mistake may be mended by the next one."""
-        self.is_busy = True
         try:
             if self.role == "owner":
                 self.command(mp.parse_message(body, *mp.OWNER))
@@ -794,12 +801,13 @@ class Session:
             if error.code not in mp.CORRECTABLE:
                 raise
             self.refuse(error)
-        self.is_busy = False
 
     def command(self, command):
         """An owner's status, lock or revoke."""
         if "lock" in command:
             self.gate.end_lease("lease_ended")
+            if self.gate.closing:
+                return self.say({"closing": self.gate.closing})
         if "revoke" in command:
             with self.gate.lock:
                 self.gate.account.revoke(command["revoke"])
@@ -809,13 +817,13 @@ class Session:
         """Step 5: a cell of ids a tick, then the final record, whose every field the gate fills."""
         if "cancel" in request:
             return  # it crossed the answer's end
-        gate, ticks, sent, text = self.gate, 0, 0, ""
+        gate, ticks, text = self.gate, 0, ""
         reply = gate.open_reply(request)
         is_text = request.get("encoding") == "text"
         cutter = mp.TextCutter(gate.vocabulary, request.get("stop", ()) if is_text else ())
         try:
             while reply.ids or not (reply.ending or reply.error):
-                gate.wait_tick()
+                time.sleep((gate.tick - time.monotonic_ns() % gate.tick) / mp.NANOSECOND)
                 self.check()
                 gate.charge(1)
                 ticks += 1
@@ -823,7 +831,6 @@ class Session:
                     mp.parse_message(self.read(FRAME_SECONDS), mp.CANCEL)
                     gate.cancel(reply)
                 ids = self.next_ids(reply)
-                sent += len(ids)
                 text += cutter.feed(ids)
                 if cutter.stopped:
                     gate.cancel(reply)
@@ -831,12 +838,14 @@ class Session:
                     self.say(gate.vocabulary.pack(ids), mp.IDS_RECORD)
         finally:
             gate.cancel(reply)
+            ending = "stop" if cutter.stopped else reply.error or reply.ending
+            head = gate.chain(reply, ending)
         if reply.error:
             limit = gate.context if reply.error in mp.REFUSALS[1:] else None
             raise ProtocolError(reply.error, limit=limit)
-        counts = (reply.prompt_tokens, sent, reply.prompt_tokens + sent)
+        counts = (reply.prompt_tokens, len(reply.sent), reply.prompt_tokens + len(reply.sent))
         final = {"usage": dict(zip(mp.USAGE, counts, strict=True)), "restarts": gate.restarts}
-        final |= {"finish_reason": "stop" if cutter.stopped else reply.ending}
+        final |= {"finish_reason": ending, "head": head}
         final |= {"elapsed_ms": ticks * gate.tick // 10**6, "budget_left": gate.account.bits // 8}
         if is_text:
             final["completion"] = text + cutter.feed([], last=True)
@@ -853,14 +862,8 @@ class Session:
             ids = [reply.ids.popleft() for _ in range(min(room, len(reply.ids)))]
             # The engine chose the ids, and by its pace how many of them are in this cell.
             gate.charge(8 * -(-len(ids) * bits // 8) + room.bit_length())
+            reply.sent += ids
             return ids
-
-
-def is_readable(connection, seconds, events=select.POLLIN):
-    """Whether there is something to read, or the end, within so many seconds (None: at last)."""
-    poll = select.poll()
-    poll.register(connection, events)
-    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def gate_main(settings, control):
@@ -899,10 +902,9 @@ def welcome(gate, listener):
     When all places are taken, the oldest peer that has proved nothing makes room.
     """
     while gate.code is None:
-        now, expires = time.monotonic_ns(), gate.account.expires
-        if gate.is_draining and not any(session.is_busy for session in list(gate.sessions)):
+        if gate.is_draining and not gate.open:
             gate.end_lease("draining")
-        elif expires is not None and now >= expires:
+        elif time.monotonic_ns() >= gate.account.expires:
             gate.end_lease("lease_ended")
         if not is_readable(listener, PAUSE):
             continue

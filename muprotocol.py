@@ -24,6 +24,7 @@ import json
 import math
 import re
 import secrets
+import select
 import struct
 import time
 
@@ -255,10 +256,13 @@ OPTIONS = SAMPLING | {
 }
 GENERATE = OPTIONS | {"prompt": is_text(0, 1 << 20)}
 GENERATE_CHAT = OPTIONS | {"messages": is_list(is_object(CHAT), 1, 1024)}
+NEUTRAL = {"top_p": 1, "top_k": 0, "repetition_penalty": 1}  # all that a verified lease allows
 LOG = {"log": is_one_of(True)}  # in place of UNLOCK; answered by LOGGED, and the session ends
 LOGGED = {"log": lambda v: isinstance(v, str) and re.fullmatch("([0-9a-f]{2})*", v) is not None}
 CANCEL = {"cancel": is_one_of(True)}
 OWNER = ({"status": is_one_of(True)}, {"lock": is_one_of(True)}, {"revoke": is_hex(32)})
+CLOSING = {"lease": is_hex(16), "spent": COUNT, "head": is_hex(32), "mac": is_hex(32)}
+CLOSED = {"closing": is_object(CLOSING)}  # the answer to an owner's lock
 USAGE = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}
 FINAL = {
     "elapsed_ms": COUNT,
@@ -266,6 +270,7 @@ FINAL = {
     "usage": is_object(USAGE),
     "budget_left": COUNT,
     "restarts": COUNT,
+    "head": is_hex(32),  # of the chain of exchanges, this one included
     "completion?": is_text(0, MESSAGE_LIMIT),
 }
 
@@ -301,6 +306,13 @@ def read_exactly(connection, size, deadline=None, clock=time.monotonic):
             raise EOFError("the connection ended")
         data += block
     return bytes(data)
+
+
+def is_readable(connection, seconds, events=select.POLLIN):
+    """Whether there is something to read, or the end, within so many seconds (None: at last)."""
+    poll = select.poll()
+    poll.register(connection, events)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 # ---------------------------------------------------------------- keys
@@ -365,6 +377,24 @@ def report_data(kind, transcript):
     """What evidence of this kind must bind: 32 bytes that no other kind or transcript shares."""
     label = b"muenclave evidence v1" + kind.encode("ascii") + b"\0"
     return hashlib.sha256(label + transcript).digest()
+
+
+def closing(key, lease, spent, head):
+    """CLOSING: a lease's id, the bytes spent since the enclave was locked, the chain's head.
+
+    mac: HMAC-SHA256 of these as JSON under `close` of the handshake that brought the lease.
+    """
+    facts = {"lease": lease, "spent": spent, "head": head.hex()}
+    return facts | {"mac": hmac.digest(key, encode_json(facts), "sha256").hex()}
+
+
+def chain(head, lease, request, ids, ending):
+    """The head of the chain of exchanges after one more: 32 bytes, SHA-256 of head and exchange.
+
+    request: GENERATE with its seed. ids: a list. ending: a finish_reason, or an error's code.
+    """
+    exchange = {"lease": lease, "request": request, "ids": ids, "ending": ending}
+    return hashlib.sha256(head + encode_json(exchange)).digest()
 
 
 def psk_proof(secret, data):
@@ -846,24 +876,28 @@ class Meter:
 class Account:
     """The leases of one unlocked enclave: who may use it, and how much may still leave.
 
-    bits: what an engine may still choose. Every method raises ProtocolError, and then has changed
-    nothing. A later lease adds its bytes and replaces the rest.
+    bits: what an engine may still choose, of those granted. Every method raises ProtocolError, and
+    then has changed nothing. A later lease adds its bytes and replaces the rest.
     """
 
     def __init__(self):
         self.lease = None
-        self.bits = 0
-        self.expires = None  # ns
-        self._seen = set()
+        self.bits = self.granted = 0
+        self.expires = math.inf  # ns
+        self._seen, self._key = set(), None
 
-    def add(self, lease, now):
-        """Take a lease. lease_refused: its id was seen, or its sequence is not higher."""
+    def add(self, lease, now, key):
+        """Take a lease. lease_refused: its id was seen, or its sequence is not higher.
+
+        key: what its closing statement is to be authenticated with, 32 bytes.
+        """
         is_old = self.lease is not None and lease["sequence"] <= self.lease["sequence"]
         if lease["id"] in self._seen or is_old:
             raise ProtocolError("lease_refused")
         self._seen.add(lease["id"])
-        self.lease = lease
+        self.lease, self._key = lease, key
         self.bits += 8 * lease["budget"]
+        self.granted += 8 * lease["budget"]
         self.expires = now + lease["expiry"] * NANOSECOND
 
     def user(self, token):
@@ -875,11 +909,31 @@ class Account:
             raise ProtocolError("token_refused")
         return given
 
+    def admit(self, request):
+        """The request as the engine gets it. policy_refused: a verified answer has a seed, and of
+        the sampling only its temperature is the user's.
+        """
+        if not self.lease["policy"]["verified"]:
+            return request
+        if NEUTRAL.keys() & request.keys() or "seed" not in request:
+            raise ProtocolError("policy_refused")
+        return request | NEUTRAL
+
     def charge(self, bits):
-        """Take bits before what they pay for leaves. lease_ended: there are not so many left."""
+        """Take bits before what they pay for leaves; whether nine tenths are now spent for the
+        first time. lease_ended: there are not so many left.
+        """
         if bits > self.bits:
             raise ProtocolError("lease_ended")
-        self.bits -= bits
+        before, self.bits = self.bits, self.bits - bits
+        return 10 * self.bits <= self.granted < 10 * before
+
+    def close(self, head):
+        """The statement that ends the leases, with the chain's head; None if there was none."""
+        if self.lease is None:
+            return None
+        spent = -(-(self.granted - self.bits) // 8)
+        return closing(self._key, self.lease["id"], spent, head)
 
     def revoke(self, user):
         """Strike a user's hash from the lease."""

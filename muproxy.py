@@ -23,7 +23,6 @@ import json
 import os
 import re
 import secrets
-import select
 import signal
 import socket
 import socketserver
@@ -34,7 +33,7 @@ import threading
 import time
 
 import muprotocol as mp
-from muprotocol import ProtocolError
+from muprotocol import ProtocolError, is_readable
 
 DONE, REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = "exit status: 0 done; 1 refused; 2 wrong flags or files; 3 unreachable; 130 interrupted"
@@ -350,13 +349,6 @@ def connect(address, buffer, seconds):
     raise failure
 
 
-def is_readable(connection, seconds):
-    """Whether a socket has bytes, or its end, within so many seconds."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
-
-
 # ==== a session
 
 HANDSHAKE_SECONDS = 60  # metered: many at once share the rate
@@ -432,10 +424,10 @@ class Session:
         self._send({"log": True})
         return bytes.fromhex(self._receive(ANSWER_SECONDS, mp.LOGGED)["log"])
 
-    def command(self, message, *answers):
-        """An owner's status, lock or revoke, after `prove`. Returns READY, or one of these."""
+    def command(self, message):
+        """An owner's status, lock or revoke, after `prove`. Returns READY, or CLOSED of a lease."""
         self._send(message)
-        return self._receive(ANSWER_SECONDS, mp.READY, *answers)
+        return self._receive(ANSWER_SECONDS, mp.READY, mp.CLOSED)
 
     def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
         """The pieces of one answer's text, as they come; `final` is its last record afterwards.

@@ -6,6 +6,7 @@ Every enclave here is real, with the demo model. Tests share one that is unlocke
 
 import contextlib
 import hashlib
+import hmac
 import json
 import os
 import pathlib
@@ -24,7 +25,9 @@ import time
 import types
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
+import muenclave
 import muprotocol as mp
 import muproxy
 from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, measure, own, seal
@@ -357,7 +360,7 @@ class BadPeers(Case):
         def trickle(peer, data):
             with peer:
                 for count, byte in enumerate(data):
-                    if muproxy.is_readable(peer, 5 if count else 0):
+                    if mp.is_readable(peer, 5 if count else 0):
                         return count, rest(peer)
                     peer.sendall(bytes([byte]))
 
@@ -439,6 +442,7 @@ class Budget(Case):
             self.assertLessEqual(spent + mp.LENGTH_BITS, bits)
             self.assertEqual(rest(session.link.socket), b"")
         relocked(shared, known)
+        self.assertEqual(shared.lines[known:].count("muenclave: nearly spent"), 1)
         after = shared.pids()
         self.assertNotEqual(after["gate"], before["gate"])
         self.assertEqual(after.keys(), {"init", "gate"})
@@ -549,9 +553,7 @@ class Lease(Case):
             send(session, LONG)
             self.assertIsInstance(receive(session), bytes)
             told, last = lock(shared)
-            self.assertEqual(
-                (told["status"], told["lease"], told["budget_left"]), ("locked", "", 0)
-            )
+            self.assertEqual(set(told), {"closing"})
             self.assertEqual(last, {"error": "lease_ended"})
             self.assertEqual(finish(session)[1], {"error": "lease_ended"})
             self.assertEqual(rest(session.link.socket), b"")
@@ -574,6 +576,90 @@ class Lease(Case):
             lock(shared)
             self.assertEqual(finish(other), ([], {"error": "lease_ended"}))
         self.assertEqual(shared.pids().keys(), {"init", "gate"})
+
+
+class Closing(Case):
+    """What the owner is told at the end: what was spent, and the head of the chain of exchanges."""
+
+    def test_statement(self):
+        """Also of an answer that the end cuts off; by the key of the session that unlocked."""
+        if status()["lease"]:
+            lock(shared)
+        vocabulary, token = muproxy.read_vocabulary(site.vocabulary), shared.unlock_token()
+        with contextlib.closing(shared.session("owner")) as session:
+            session.prove(token)
+            key = session.close_key
+        asked = [SHORT | {"seed": 1}, LONG | {"seed": 2}, SHORT | {"encoding": "text", "seed": 3}]
+        asked.append(LONG | {"seed": 4})
+        head, answered = bytes(32), []
+        with shared.ready() as session:
+            for request in asked:
+                send(session, request)
+                pieces = []
+                if request["seed"] % 2 == 0:
+                    pieces.append(receive(session))
+                    if request["seed"] == 2:
+                        send(session, {"cancel": True})
+                    else:
+                        told, _ = lock(shared)
+                more, final = finish(session)
+                ids = [i for piece in pieces + more for i in vocabulary.unpack(piece)]
+                answered.append((request, ids, final))
+        self.assertEqual([len(ids) for _, ids, _ in answered[::2]], [8, 0])
+        self.assertEqual(answered[2][2]["usage"]["completion_tokens"], 8)
+        answered[2] = (asked[2], answered[0][1], answered[2][2])  # the ids behind the text
+        for request, ids, final in answered:
+            ending = final.get("finish_reason") or final["error"]
+            head = mp.chain(head, token["lease"]["id"], request, ids, ending)
+            if "head" in final:
+                self.assertEqual(final["head"], head.hex())
+        closing = told["closing"]
+        facts = {"lease": token["lease"]["id"], "spent": closing["spent"], "head": head.hex()}
+        mac = hmac.digest(key, mp.encode_json(facts), "sha256")
+        self.assertEqual(closing, facts | {"mac": mac.hex()})
+        budget, left = token["lease"]["budget"], answered[2][2]["budget_left"]
+        self.assertGreater(closing["spent"], budget - left)
+        self.assertLess(closing["spent"], budget)
+
+    def test_once(self):
+        """Who locks what is locked is told that, and no statement."""
+        if status()["lease"]:
+            lock(shared)
+        self.assertEqual(lock(shared)[0]["status"], "locked")
+
+
+class Turns(unittest.TestCase):
+    """A cell's time for each, in the order of asking, at ticks of one clock."""
+
+    def turns(self, rate, count, now=0):
+        """The moments (ns) at which so many cells leave that were asked for at the same time."""
+        gate = muenclave.Gate.__new__(muenclave.Gate)
+        gate.lock, gate.turn, clock = threading.Lock(), 0, [now]
+        gate.handshakes = gate.cells = mp.Meter(rate, 1 << 20, now)
+        slept = []
+        with mock.patch.object(muenclave.time, "monotonic_ns", lambda: clock[0]):
+            gate.set_rate(rate, 1 << 20)
+            with mock.patch.object(muenclave.time, "sleep", slept.append):
+                for _ in range(count):
+                    gate.wait_turn()
+        return gate.tick, [now + round(seconds * mp.NANOSECOND) for seconds in slept]
+
+    def test_one_a_tick(self):
+        start = 10**12 + 12345
+        tick, moments = self.turns(mp.DEFAULT_RATE, 5, start)
+        self.assertEqual(moments[0], start)  # nobody else has this tick
+        self.assertEqual(moments[1:], [start - start % tick + n * tick for n in range(1, 5)])
+
+    def test_as_many_as_the_rate_allows(self):
+        rate, cells = 1 << 20, 400
+        tick, moments = self.turns(rate, cells)
+        share = rate - rate // muenclave.HANDSHAKE_SHARE
+        for start in range(0, max(moments), tick):
+            sent = sum(start <= moment < start + 10 * tick for moment in moments) * mp.CELL
+            self.assertLessEqual(sent, share * 10 * tick / mp.NANOSECOND + mp.CELL)
+        self.assertEqual({moment % tick for moment in moments}, {0})
+        whole = cells * mp.CELL * mp.NANOSECOND / share
+        self.assertLess(max(moments), whole + 2 * tick)
 
 
 class Answers(Case):
@@ -603,7 +689,7 @@ class Answers(Case):
             send(three, SHORT)
             for _ in range(5):
                 self.assertIsInstance(receive(two), bytes)
-            self.assertFalse(muproxy.is_readable(three.link.socket, 0))
+            self.assertFalse(mp.is_readable(three.link.socket, 0))
             send(one, {"cancel": True})
             self.assertEqual(finish(three)[1]["usage"]["completion_tokens"], 8)
             self.assertEqual(finish(one)[1]["finish_reason"], "cancelled")
@@ -757,7 +843,7 @@ class Talkative(Case):
             ]
             for stranger in strangers:
                 send(stranger, {"log": True})
-                self.assertTrue(muproxy.is_readable(stranger.link.socket, SECONDS))
+                self.assertTrue(mp.is_readable(stranger.link.socket, SECONDS))
             self.assertEqual(enclave.unlock()["status"], "ready")
             for stranger in strangers:  # cut off, long before all of it
                 self.assertLess(len(rest(stranger.link.socket)), 256 << 10)

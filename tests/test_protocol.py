@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import hashlib
+import hmac
+import json
 import pathlib
 import random
 import socket
@@ -119,6 +121,7 @@ USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 COUNTS = {"budget_left": 5, "restarts": 0}
 OPTIONS = {"temperature": 0.5, "top_p": 1, "top_k": 4, "seed": 1, "repetition_penalty": 1.1}
 OPTIONS |= {"max_new_tokens": 9, "stream": True, "stop": ["a"], "encoding": "ids", "date": "today"}
+CLOSING = {"lease": "cd" * 16, "spent": 9, "head": HASH, "mac": HASH}
 MESSAGES = {
     "CHALLENGE": {"version": 1, "role": "user", "nonce": HASH, "share": "ab" * 384}
     | {"evidence": "psk"},
@@ -141,7 +144,11 @@ MESSAGES = {
     "LOG": {"log": True},
     "LOGGED": {"log": "00ff"},
     "USAGE": USAGE,
-    "FINAL": {"elapsed_ms": 5, "finish_reason": "stop", "usage": USAGE, "completion": "x"} | COUNTS,
+    "FINAL": {"elapsed_ms": 5, "finish_reason": "stop", "usage": USAGE, "completion": "x"}
+    | {"head": HASH}
+    | COUNTS,
+    "CLOSING": CLOSING,
+    "CLOSED": {"closing": CLOSING},
     "FILE_ENTRY": {"path": "config.json", "offset": 0, "size": 2},
 }
 WRONG = (None, [], {}, -1, 1 << 70, 1.5e300, "", "\n", [None], {"x": 1}, "x" * (9 << 20))
@@ -947,6 +954,25 @@ class Meter(unittest.TestCase):
         self.assertLessEqual(taken, 5120 * 100 + 512)
 
 
+class Chain(unittest.TestCase):
+    """The chain of exchanges: every part of each counts."""
+
+    def test_known_answer(self):
+        exchange = {"lease": "ab" * 16, "request": {"prompt": "\u00e9", "seed": 1}}
+        exchange |= {"ids": [3, 1], "ending": "stop"}
+        text = json.dumps(exchange, sort_keys=True, separators=(",", ":")).encode("ascii")
+        expected = hashlib.sha256(bytes(32) + text).digest()
+        self.assertEqual(mp.chain(bytes(32), *exchange.values()), expected)
+
+    def test_every_part_counts(self):
+        parts = [bytes(32), "ab" * 16, {"prompt": "a", "seed": 1}, [3, 1], "stop"]
+        others = [bytes(31) + b"x", "ac" * 16, {"prompt": "a", "seed": 2}, [1, 3], "length"]
+        heads = {mp.chain(*parts)}
+        for at, other in enumerate(others):
+            heads.add(mp.chain(*parts[:at], other, *parts[at + 1 :]))
+        self.assertEqual(len(heads), 6)
+
+
 class Account(unittest.TestCase):
     """Leases add up, never come back, and end."""
 
@@ -955,9 +981,9 @@ class Account(unittest.TestCase):
 
     def test_bytes_add_and_the_rest_is_replaced(self):
         account = mp.Account()
-        account.add(self.lease(1, users=[mp.token_hash("old")]), 0)
+        account.add(self.lease(1, users=[mp.token_hash("old")]), 0, KEY)
         account.charge(8 * 30)
-        account.add(self.lease(2, users=[mp.token_hash("new")], expiry=5), 7)
+        account.add(self.lease(2, users=[mp.token_hash("new")], expiry=5), 7, KEY)
         self.assertEqual(account.bits, 8 * 170)
         self.assertEqual(account.expires, 7 + 5 * mp.NANOSECOND)
         self.assertEqual(account.user("new"), mp.token_hash("new"))
@@ -966,27 +992,61 @@ class Account(unittest.TestCase):
 
     def test_seen_and_older_leases_are_refused(self):
         account = mp.Account()
-        account.add(self.lease(5), 0)
+        account.add(self.lease(5), 0, KEY)
         for lease in (self.lease(5), self.lease(4), self.lease(5, id="f" * 32)):
-            self.assertEqual(outcome(lambda le=lease: account.add(le, 0)), "lease_refused")
+            self.assertEqual(outcome(lambda le=lease: account.add(le, 0, KEY)), "lease_refused")
         seen = self.lease(6, id=self.lease(5)["id"])
-        self.assertEqual(outcome(lambda: account.add(seen, 0)), "lease_refused")
+        self.assertEqual(outcome(lambda: account.add(seen, 0, KEY)), "lease_refused")
         self.assertEqual((account.bits, account.lease["sequence"]), (800, 5))
 
     def test_charge_to_the_last_bit(self):
         account = mp.Account()
-        account.add(self.lease(1), 0)
+        account.add(self.lease(1), 0, KEY)
         account.charge(799)
         self.assertEqual(outcome(lambda: account.charge(2)), "lease_ended")
         self.assertEqual(account.bits, 1)
         account.charge(1)
         self.assertEqual(outcome(lambda: account.charge(1)), "lease_ended")
 
+    def test_nine_tenths_are_told_once(self):
+        account = mp.Account()
+        account.add(self.lease(1), 0, KEY)
+        self.assertEqual([account.charge(bits) for bits in (719, 1, 1)], [False, True, False])
+        account.add(self.lease(2), 0, KEY)  # 1,600 bits, of which 879 are left
+        self.assertEqual([account.charge(bits) for bits in (718, 1, 9)], [False, True, False])
+
+    def test_closing_statement(self):
+        account, head = mp.Account(), bytes(range(32))
+        self.assertIsNone(account.close(head))
+        account.add(self.lease(1), 0, bytes(32))
+        account.add(self.lease(2), 0, KEY)
+        account.charge(9)
+        told = account.close(head)
+        facts = {"lease": self.lease(2)["id"], "spent": 2, "head": head.hex()}
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+        mac = hmac.new(KEY, text, hashlib.sha256).hexdigest()
+        self.assertEqual(told, facts | {"mac": mac})
+
+    def test_verified_policy(self):
+        account = mp.Account()
+        policy = {"verified": True, "latency_ms": 0}
+        account.add(self.lease(1, policy=policy), 0, KEY)
+        good = {"prompt": "a", "seed": 1, "temperature": 0.5}
+        neutral = {"top_p": 1, "top_k": 0, "repetition_penalty": 1}
+        self.assertEqual(account.admit(good), good | neutral)
+        for name, value in neutral.items():
+            self.assertEqual(
+                outcome(lambda new={name: value}: account.admit(good | new)), "policy_refused"
+            )
+        self.assertEqual(outcome(lambda: account.admit({"prompt": "a"})), "policy_refused")
+        account.add(self.lease(2), 0, KEY)
+        self.assertEqual(account.admit({"prompt": "a", "top_k": 9}), {"prompt": "a", "top_k": 9})
+
     def test_users(self):
         account = mp.Account()
         self.assertEqual(outcome(lambda: account.user("a")), "locked")
         users = [mp.token_hash(token) for token in ("a", "b")]
-        account.add(self.lease(1, users=users), 0)
+        account.add(self.lease(1, users=users), 0, KEY)
         self.assertEqual(account.user("b"), users[1])
         account.revoke(users[1])
         self.assertEqual(outcome(lambda: account.user("b")), "token_refused")

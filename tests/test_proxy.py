@@ -744,7 +744,7 @@ class OuterMeter(Case):
                         clock.sleep(rng.expovariate(rate / burst))
                     source.sendall(bytes(rng.randrange(1, 3000)))
                     for _ in range(rng.randrange(1, 8)):
-                        if muproxy.is_readable(sink, 0):
+                        if mp.is_readable(sink, 0):
                             with mock.patch.object(time, "monotonic", lambda: 0):
                                 got = inlet.receive(sink, rng.randrange(1, 5000), SECONDS)
                             takes.append((clock.now, len(got)))

@@ -641,7 +641,7 @@ class FakeTpm:
     def serve(self):
         """Answer until it is closed."""
         while self.is_open:
-            if muproxy.is_readable(self.master, 0.02):
+            if mp.is_readable(self.master, 0.02):
                 os.write(self.master, self.answer(os.read(self.master, 4096)))
 
     def close(self):

@@ -95,7 +95,7 @@ class Tpm:
         os.write(self._channel, command)
         response, body = b"", None
         while body is None:
-            is_there = muproxy.is_readable(self._channel, TPM_SECONDS)
+            is_there = mp.is_readable(self._channel, TPM_SECONDS)
             block = os.read(self._channel, mp.TPM_BUFFER) if is_there else b""
             if not block:
                 raise OSError("the TPM does not answer")

@@ -79,9 +79,6 @@ SCHEMAS = [
     for name, fields in EVENTS.items()
 ]
 WITNESS = {"version": mp.is_one_of(1), "count": mp.is_integer(1, 1 << 53), "hash": mp.is_hex(32)}
-# What an enclave says at the end of a lease: bytes spent, head of its chain of exchanges, HMAC.
-STATEMENT = {"lease": mp.is_hex(16), "spent": mp.COUNT, "head": mp.is_hex(32), "mac": mp.is_hex(32)}
-CLOSING = {"closing": mp.is_object(STATEMENT)}
 
 
 def now():
@@ -391,14 +388,16 @@ class Ledger:
     def close(self, statement):
         """Record an enclave's closing statement, once a lease. Returns the grant and the event.
 
-        statement: as STATEMENT. What was not spent is given back only if the evidence excludes that
+        statement: as mp.CLOSING. What was not spent is given back only if the evidence excludes that
         the enclave was forked: a fork spends the same lease once more.
         """
         with self.transaction():
             grant = self.grants.get(statement["lease"])
             if grant is None:
                 raise Failure(f"{self.path}: no lease {statement['lease']} was granted", REFUSED)
-            if not hmac.compare_digest(closing_mac(grant["close"], statement), statement["mac"]):
+            key, head = (bytes.fromhex(text) for text in (grant["close"], statement["head"]))
+            mac = mp.closing(key, statement["lease"], statement["spent"], head)["mac"]
+            if not hmac.compare_digest(mac, statement["mac"]):
                 text = f"the closing statement of lease {statement['lease']} is not authentic"
                 raise Failure(f"{text}: nothing was recorded", REFUSED)
             if grant["state"] == "closed":
@@ -441,12 +440,6 @@ def left_of(asset):
 def returnable(grant, spent):
     """Bytes of a grant that come back when so many were spent."""
     return max(0, grant["bytes"] - spent) if grant["root"] == "tee" else 0
-
-
-def closing_mac(key, statement):
-    """HMAC-SHA256 of a closing statement under the close key of its lease's handshake."""
-    told = {name: statement[name] for name in ("lease", "spent", "head")}
-    return hmac.digest(bytes.fromhex(key), mp.encode_json(told), "sha256").hex()
 
 
 def read_witness(path):

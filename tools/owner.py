@@ -191,7 +191,7 @@ def run_owner(options):
     token = read_owner(options)
     with contextlib.closing(muproxy.connector(options)()) as session:
         ready = session.prove(token)
-        answer = session.command(command, ledger.CLOSING)
+        answer = session.command(command)
     if "closing" in answer:
         print("status: locked", flush=True)
     else:

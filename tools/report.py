@@ -324,7 +324,9 @@ def meter(document):
     end = seen[-1][0]
     lines = [("seen", "bytes that left", seen)]
     lines.append(("bound", "bytes that may leave", [(0, burst), (end, burst + rate * end)]))
-    text = f"{rate:,} bytes a second and {burst:,} at once are allowed. In {document['seconds']:.0f} "
+    text = (
+        f"{rate:,} bytes a second and {burst:,} at once are allowed. In {document['seconds']:.0f} "
+    )
     text += f"seconds {document['bytes']:,} bytes left; the most beyond the rate in any window was "
     text += f"{document['burst_seen']:,} bytes; the reader got {document['use']:.1%} of the rate."
     rows = [[one["seconds"], one["bytes"], one["allowed"]] for one in document["windows"]]
