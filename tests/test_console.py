@@ -11,12 +11,14 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 import muprotocol as mp
 import muproxy
@@ -256,6 +258,23 @@ class Http(unittest.TestCase):
             client.join(SECONDS)
         self.assertEqual(answers, [200] * SESSIONS)
         self.assertEqual(state()["sessions"], {"open": 2, "idle": 2, "limit": 2})
+
+    def test_how_long_a_token_counts_as_accepted(self):
+        """While a session of it is in use; then for some time, unless its session is lost."""
+        pool = muproxy.Pool(enclave.session, SESSIONS)
+        self.addCleanup(pool.close)
+        self.assertFalse(pool.accepts(token()))
+        with mock.patch.object(muproxy, "ACCEPTED_SECONDS", 0):
+            with pool.session(token()):
+                self.assertTrue(pool.accepts(token()))
+            self.assertFalse(pool.accepts(token()))
+        with mock.patch.object(muproxy, "ACCEPTED_SECONDS", 10**9):
+            with pool.session(token()) as session:
+                pass
+            self.assertTrue(pool.accepts(token()))
+            self.assertFalse(pool.accepts(muproxy.read_token(site.other)))
+            session.link.shutdown(socket.SHUT_RDWR)
+            self.assertFalse(pool.accepts(token()))
 
     def test_budget_is_the_last_that_was_told(self):
         """Also when an answer was cancelled, or another session was the last to be used."""
