@@ -295,6 +295,17 @@ class Http(unittest.TestCase):
         told = state()["enclave"]["budget_left"]  # before the engine's own ending was charged
         self.assertTrue(now <= told <= now + 8 < left, (now, told, left))
 
+    def test_budget_after_an_answer_that_nobody_took_to_its_end(self):
+        request = {"prompt": "The", "temperature": 2, "seed": 1, "max_new_tokens": 900}
+        with enclave.ready() as session:
+            before = session.ready["budget_left"]
+            pieces = session.generate(request, muproxy.read_vocabulary(site.vocabulary))
+            next(pieces)
+            pieces.close()
+            self.assertEqual(session.final["finish_reason"], "cancelled")
+            self.assertEqual(session.ready["budget_left"], session.final["budget_left"])
+            self.assertLess(session.ready["budget_left"], before)
+
 
 @unittest.skipIf(browser.MISSING, f"not installed: {' '.join(browser.MISSING)}")
 class Browser(unittest.TestCase):
