@@ -348,8 +348,7 @@ class Counters(Folder):
 
     def test_parts_are_summed(self):
         target = attack_surface.parse_target(f"twice={self.root}+{self.plain}")
-        flags = attack_surface.arguments(["attack", str(self.root)])
-        facts, _ = attack_surface.measure_target(target, flags)
+        facts, _ = attack_surface.measure_target(target, None)
         for metric in ("executables", "files", "bytes", "modules", "setuid"):
             self.assertEqual(facts[metric]["count"], 2 * self.found[metric], metric)
         self.assertEqual(facts["packages"]["count"], TRUE["packages"])  # the same two
@@ -809,6 +808,11 @@ class CommandLine(Folder):
         with unittest.mock.patch.dict(os.environ, {"PATH": path}):
             found = attack_surface.vulnerabilities(target, "bill")
             self.assertEqual(found, {"count": 2, "how": "trivy rootfs: 2 high"})
+            image = write_image(self.folder / "image.tar", [layer("a")])
+            for part, verb in ((image, "image"), (self.folder / "out.json", "sbom")):
+                target = attack_surface.parse_target(str(part))
+                found = attack_surface.vulnerabilities(target, "bill")
+                self.assertEqual(found["how"], f"trivy {verb}: 2 high")
             write(program, "#!/bin/sh\necho 'FATAL no database' >&2; exit 1\n", 0o755)
             found = attack_surface.vulnerabilities(target, "bill")
             self.assertEqual(found, {"not_measured": "trivy: FATAL no database"})

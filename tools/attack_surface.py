@@ -108,6 +108,11 @@ AT_ONCE, PATIENCE = 256, 1.0  # connections; seconds until a port counts as one 
 LISTS = (".json", ".csv", "packages-file-list.txt")
 LIST_KINDS = {"debian": "dpkg", "wheels": "pypi", "extras": "pypi"}  # of reference.json
 BASELINE = ROOT / "tools" / "baseline" / "rootfs.py"
+UNMEASURED = {
+    "ports": "only what runs has ports: add HOST:PORT to the target",
+    "writable_mounts": "only / shows what is mounted",
+    "native_lines": "no source of it is here",
+}
 NO_SCAN = "trivy is not installed: install it, or give the bill of --sbom DIR to any scanner"
 STYLE = """body{font:15px/1.4 sans-serif;margin:1em auto;max-width:60em;padding:0 1em}
 div{overflow-x:auto}table{border-collapse:collapse;width:100%}
@@ -166,52 +171,43 @@ def address(part):
     return found["host"].strip("[]"), int(found["port"])
 
 
-def measure_target(target, flags):
-    """({metric: measure}, packages and distributions) of a target. ToolError."""
-    surveys, found, ports = [], [], []
-    stored = []  # sizes of the files that were given; None for what is no file
+def measure_target(target, ports):
+    """({metric: measure}, packages and distributions) of a target; ports: to scan. ToolError."""
+    parts, found = [], set()
     for part in target.parts:
         say(f"{target.name}: {short(part)}")
-        if address(part):
-            ports.append(scan(*address(part), flags.ports))
-        elif part.endswith(LISTS) and os.path.isfile(part):
-            found += read_list(part)
-        else:
-            with contextlib.ExitStack() as stack:
-                facts, packages = surface.survey(trees.read_tree(part, stack))
-            surveys.append(facts)
-            found += packages
-            stored.append(os.path.getsize(part) if os.path.isfile(part) else None)
-    live = any(os.path.isdir(part) and os.path.samefile(part, "/") for part in target.parts)
-    facts = {
-        metric: surface.add([one[metric] for one in surveys])
-        for metric in surveys[:1] and surveys[0]
-    }
-    facts |= package_counts(facts, set(found))
-    facts["components"] = {"count": len(set(found))}
-    no_ports = not_measured("only what runs has ports: add HOST:PORT to the target")
-    no_mounts = not_measured("only / shows what is mounted")
-    no_code = not_measured("no source of it is here")
-    as_given = not_measured("it is no file") if None in stored else {"count": sum(stored)}
-    facts["ports"] = surface.add(ports) if ports else surface.own_ports() if live else no_ports
-    facts["writable_mounts"] = surface.own_writable_mounts() if live else no_mounts
-    no_files = not_measured("no files of it were given")
-    facts["stored_bytes"] = as_given if stored else no_files
-    facts["native_lines"] = no_code
-    return {metric: facts.get(metric, no_files) for metric in (*ATTACK, *LOC, "components")}, found
+        facts, packages = measure_part(part, ports)
+        parts.append(facts)
+        found.update(packages)
+    total = {}
+    for metric in (*ATTACK, *LOC):
+        known = [facts[metric] for facts in parts if metric in facts]
+        why = UNMEASURED.get(metric, "no files of it were given")
+        total[metric] = surface.add(known) if known else not_measured(why)
+    for metric, is_python in (("packages", False), ("distributions", True)):
+        named = [one for one in found if (one.kind == "pypi") == is_python]
+        if named:  # with what lists name, and what several parts have once
+            total[metric] = surface.measured({f"{one.name} {one.version}".strip() for one in named})
+    total["components"] = not_measured("no packages are named in it")
+    if found:
+        total["components"] = {"count": len(found)}
+    return total, found
 
 
-def package_counts(facts, found):
-    """The measures of packages and distributions, when lists have added to what was found."""
-    counts = {}
-    for metric, is_ours in (
-        ("packages", lambda kind: kind != "pypi"),
-        ("distributions", "pypi".__eq__),
-    ):
-        names = {f"{one.name} {one.version}".strip() for one in found if is_ours(one.kind)}
-        if names:
-            counts[metric] = surface.measured(names)
-    return counts
+def measure_part(part, ports):
+    """({metric: measure}, packages and distributions) of a part of a target. ToolError."""
+    if address(part):
+        return {"ports": scan(*address(part), ports)}, []
+    if part.endswith(LISTS) and os.path.isfile(part):
+        return {}, read_list(part)
+    with contextlib.ExitStack() as stack:
+        facts, packages = surface.survey(trees.read_tree(part, stack))
+    facts["stored_bytes"] = not_measured("it is no file")
+    if os.path.isfile(part):
+        facts["stored_bytes"] = {"count": os.path.getsize(part)}
+    if os.path.isdir(part) and os.path.samefile(part, "/"):
+        facts |= {"ports": surface.own_ports(), "writable_mounts": surface.own_writable_mounts()}
+    return facts, packages
 
 
 def read_list(path):
@@ -285,12 +281,14 @@ def vulnerabilities(target, bill):
     """What trivy finds in a target, or in its bill of materials: a measure."""
     if not shutil.which("trivy"):
         return not_measured(NO_SCAN)
-    command = ["trivy", "sbom", bill]
-    if len(target.parts) == 1 and os.path.isdir(target.parts[0]):
-        command = ["trivy", "rootfs", target.parts[0]]
-    done = subprocess.run(
-        [*map(str, command), "--quiet", "--format", "json"], capture_output=True, text=True
-    )
+    command = ["trivy", "sbom", str(bill)]
+    (part, *more) = target.parts
+    if not more and os.path.isdir(part):
+        command = ["trivy", "rootfs", part]
+    elif not more and trees.is_image(part):
+        command = ["trivy", "image", "--input", part]
+    flags = ("--quiet", "--format", "json")
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
     try:
         rows = [
             row
@@ -302,7 +300,7 @@ def vulnerabilities(target, bill):
         return not_measured(f"trivy: {said[-1]}")
     found = {(row["VulnerabilityID"], row["PkgName"]): row["Severity"].lower() for row in rows}
     levels = collections.Counter(found.values())
-    how = f"{' '.join(command[:2])}: " + ", ".join(f"{n} {level}" for level, n in levels.items())
+    how = f"trivy {command[1]}: " + ", ".join(f"{n} {level}" for level, n in levels.items())
     return {"count": len(found), "how": how}
 
 
@@ -316,23 +314,18 @@ def write_bill(name, found, folder):
 def bandit():
     """{metric: measure}: what bandit says of our own Python."""
     if importlib.util.find_spec("bandit") is None:
-        return dict.fromkeys(
-            OWN_SECURITY, not_measured("bandit is not installed: pip install bandit")
-        )
+        why = "bandit is not installed: pip install bandit"
+        return dict.fromkeys(OWN_SECURITY, not_measured(why))
     files = [*(ROOT / name for name in loc.PRODUCT), *sorted((ROOT / "tools").rglob("*.py"))]
     command = [sys.executable, "-m", "bandit", "--quiet", "--format", "json", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
-        levels = collections.Counter(
-            row["issue_severity"].lower() for row in json.loads(done.stdout)["results"]
-        )
+        found = json.loads(done.stdout)["results"]
     except (ValueError, KeyError):
         return dict.fromkeys(OWN_SECURITY, not_measured("bandit failed"))
+    levels = collections.Counter(f"bandit_{row['issue_severity'].lower()}" for row in found)
     how = "bandit on the product's modules and tools/"
-    return {
-        metric: {"count": levels[metric.removeprefix("bandit_")], "how": how}
-        for metric in OWN_SECURITY
-    }
+    return {metric: {"count": levels[metric], "how": how} for metric in OWN_SECURITY}
 
 
 # ---------------------------------------------------------------- kernels
@@ -500,7 +493,7 @@ def run(flags, stack):
     bills.mkdir(parents=True, exist_ok=True)
     rows = []
     for target in targets:
-        facts, found = measure_target(target, flags)
+        facts, found = measure_target(target, flags.ports)
         bill = write_bill(target.name, found, bills)
         if "security" in verbs:
             facts["vulnerabilities"] = vulnerabilities(target, bill)

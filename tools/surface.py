@@ -496,13 +496,13 @@ def survey(tree):
 
 
 def add(measures):
-    """The sum of measures of the parts of one target; what one part lacks does not count."""
-    known = [one for one in measures if "count" in one]
-    if not known:
-        return measures[0]
-    total = {"count": sum(one["count"] for one in known)}
-    if any("names" in one for one in known):
-        total["names"] = sorted(name for one in known for name in one.get("names", ()))
-    if any("how" in one for one in known):
-        total["how"] = next(one["how"] for one in known if "how" in one)
+    """The sum of the measures of several parts; not measured if one of them is not."""
+    for one in measures:
+        if "not_measured" in one:
+            return one
+    total = {"count": sum(one["count"] for one in measures)}
+    if "names" in measures[0]:
+        total["names"] = sorted(name for one in measures for name in one["names"])
+    if "how" in measures[0]:
+        total["how"] = measures[0]["how"]
     return total

@@ -45,6 +45,7 @@ PROGRAMS = {"zstd": "zstd", "lz4": "lz4", "sqfs2tar": "squashfs-tools-ng", "skop
 CPIO = (b"070701", b"070702")
 CPIO_HEADER = 110  # bytes
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"  # OCI image specification, layer.md
+LAYOUT, SAVED = {"oci-layout", "index.json"}, "manifest.json"  # what tells an image
 TRANSPORTS = ("docker://", "docker-daemon:", "containers-storage:", "oci:", "oci-archive:")
 HEAD = 1 << 10  # bytes that tell what a file is
 TAKEN = "a directory, a squashfs, a cpio or tar archive, a kernel with an initramfs, the archive"
@@ -57,8 +58,7 @@ def read_tree(what, stack):
     if what.startswith(TRANSPORTS) or not os.path.lexists(path):
         return read_named_image(what, stack)
     if path.is_dir():
-        is_image = (path / "oci-layout").is_file() and (path / "index.json").is_file()
-        if is_image:
+        if all((path / name).is_file() for name in LAYOUT):
             return read_image(what, read_layout, folder_blob(path), stack)
         return read_folder(path)
     if not path.is_file():
@@ -220,9 +220,9 @@ def read_tar(what, path, stack):
             raise ToolError(f"{what}: {name} is missing in this image")
         return file
 
-    if {"oci-layout", "index.json"} <= names.keys():
+    if LAYOUT <= names.keys():
         return read_image(what, read_layout, blob, stack)
-    if "manifest.json" in names:
+    if SAVED in names:
         return read_image(what, read_saved, blob, stack)
     return add_layer(what, {}, path, stack)
 
@@ -338,6 +338,16 @@ def reason(text):
     return " ".join((found[1] if found else text.strip() or "skopeo failed").split())
 
 
+def is_image(path):
+    """Whether a file is a tar archive of a container's image."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            names = {normal(name) for name in archive.getnames()}
+    except (OSError, tarfile.TarError, ValueError):
+        return False
+    return SAVED in names or names >= LAYOUT
+
+
 def read_image(what, read, blob, stack):
     """The tree of an image by the function that reads its kind. ToolError."""
     try:
@@ -398,7 +408,7 @@ def blob_name(what, entry):
 
 def read_saved(what, blob, stack):
     """The tree of what `docker save` writes: manifest.json with one image. ToolError."""
-    images = read_json(what, blob, "manifest.json")
+    images = read_json(what, blob, SAVED)
     if not isinstance(images, list) or len(images) != 1:
         raise ToolError(f"{what} is to hold one image: save one")
     tree = {}
