@@ -673,8 +673,22 @@ class Ports(unittest.TestCase):
             attack_surface.scan("127.0.0.1", port, range(port, port + 1))
 
     def test_from_inside(self):
-        found = surface.own_ports()["names"]
+        found = surface.listening_ports()["names"]
         self.assertLessEqual({f"tcp/{port}" for port in self.ports}, set(found))
+
+    def test_where_a_process_has_its_network(self):
+        code = "import socket as s, sys\na = s.create_server(('', 22))\n"
+        code += "b = s.socket(type=s.SOCK_DGRAM)\nb.bind(('', 53))\nc = s.socket()\n"
+        code += "c.bind(('', 80))\nprint(flush=True)\nsys.stdin.read()"
+        command = ["unshare", "--net", sys.executable, "-c", code]
+        if os.geteuid():
+            command.insert(1, "--map-root-user")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes) as process:
+            process.stdout.readline()
+            facts, _ = attack_surface.measure_part(f"pid:{process.pid}", None)
+            process.stdin.close()
+        self.assertEqual(facts["ports"]["names"], ["tcp/22", "udp/53"])  # what listens, alone
 
 
 class Kernels(Folder):
@@ -836,6 +850,7 @@ class CommandLine(Folder):
             ([self.folder / "pipe"], "neither a file nor a directory"),
             (["127.0.0.1:1"], "nothing listens at 127.0.0.1:1"),
             (["127.0.0.1:99999"], "there is no such port"),
+            (["pid:4194305"], "there is no process 4194305"),
             (["--kernel", f"a={self.folder / 'text'}"], "is no resolved kernel configuration"),
             (["--kernel", f"a={self.folder / 'none'}"], "No such file or directory"),
             ([self.folder / "one", "--json", "/nowhere/a.json"], "can't write /nowhere/a.json"),

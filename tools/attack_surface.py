@@ -8,8 +8,9 @@
 
 A target is a directory, a squashfs, a cpio or tar archive, a kernel with an initramfs built in, a
 container's image (an archive, a layout, or a name that an engine or a registry has), HOST:PORT of
-what runs, / for this machine, or a list of packages: reference.json of an image, Buildroot's
-manifest.csv or packages-file-list.txt. Several parts of one target are joined by +, and summed:
+what runs, pid:NUMBER for the ports where a process has its network, / for this machine, or a list
+of packages: reference.json of an image, Buildroot's manifest.csv or packages-file-list.txt. Several
+parts of one target are joined by +, and summed:
 
     attack_surface.py all ours=build/muenclave.efi+build/extras.squashfs+build/reference.json
 
@@ -103,13 +104,14 @@ TARGETS = {"attack": ATTACK, "loc": LOC, "security": SECURITY}
 KERNELS = {"attack": HARDENING, "loc": KERNEL_LOC, "security": {}}
 OWN = {"attack": {}, "loc": OWN_LOC, "security": OWN_SECURITY}
 ADDRESS = r"(?P<host>[\w.-]+|\[[\da-fA-F:.]+\]):(?P<port>\d{1,5})"
+PROCESS = r"pid:\d+"
 NEIGHBOURS = 50  # ports below and above the one named, unless --ports names them
 AT_ONCE, PATIENCE = 256, 1.0  # connections; seconds until a port counts as one that drops
 LISTS = (".json", ".csv", "packages-file-list.txt")
 LIST_KINDS = {"debian": "dpkg", "wheels": "pypi", "extras": "pypi"}  # of reference.json
 BASELINE = ROOT / "tools" / "baseline" / "rootfs.py"
 UNMEASURED = {
-    "ports": "only what runs has ports: add HOST:PORT to the target",
+    "ports": "only what runs has ports: add HOST:PORT or pid:NUMBER to the target",
     "writable_mounts": "only / shows what is mounted",
     "native_lines": "no source of it is here",
 }
@@ -196,6 +198,8 @@ def measure_target(target, ports):
 
 def measure_part(part, ports):
     """({metric: measure}, packages and distributions) of a part of a target. ToolError."""
+    if re.fullmatch(PROCESS, part):
+        return {"ports": surface.listening_ports(part.partition(":")[2])}, []
     if address(part):
         return {"ports": scan(*address(part), ports)}, []
     if part.endswith(LISTS) and os.path.isfile(part):
@@ -206,7 +210,8 @@ def measure_part(part, ports):
     if os.path.isfile(part):
         facts["stored_bytes"] = {"count": os.path.getsize(part)}
     if os.path.isdir(part) and os.path.samefile(part, "/"):
-        facts |= {"ports": surface.own_ports(), "writable_mounts": surface.own_writable_mounts()}
+        facts |= {"ports": surface.listening_ports()}
+        facts["writable_mounts"] = surface.own_writable_mounts()
     return facts, packages
 
 

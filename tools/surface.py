@@ -413,16 +413,21 @@ def is_masked(files, unit):
     return entry is not None and entry.kind == LINK and entry.target == "/dev/null"
 
 
-def own_ports():
-    """The ports on which this machine listens, as its kernel says: a measure."""
+def listening_ports(process="self"):
+    """The ports that are listened on where a process (its number) has its network: a measure.
+
+    Raises ToolError.
+    """
     found = set()
     for kind, state in (("tcp", "0A"), ("udp", "07")):  # TCP_LISTEN, TCP_CLOSE: net/tcp_states.h
         for name in (kind, f"{kind}6"):
-            path = pathlib.Path("/proc/net", name)
+            path = pathlib.Path("/proc", process, "net", name)
+            if not path.parent.exists():
+                raise ToolError(f"there is no process {process}")
             rows = path.read_text("ascii").splitlines()[1:] if path.exists() else []
             fields = [row.split() for row in rows]
             found |= {f"{kind}/{int(row[1][-4:], 16)}" for row in fields if row[3] == state}
-    return measured(found, how="/proc/net of this network namespace")
+    return measured(found, how="/proc/net, from inside")
 
 
 def own_writable_mounts():
