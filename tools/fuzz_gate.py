@@ -4,7 +4,8 @@ A case is a list of actions, plain JSON, each with the number of its peer (a con
 
     world    state: "locked" or "ready": begin with an enclave that is so (in this process only)
     open     connect
-    send     data: bytes as they are; cut: in pieces of so many bytes
+    send     data: bytes as they are; cut: in pieces of so many bytes, as in frame and say; pause:
+             seconds between them
     frame    data: a payload, in a frame; length: what its header says instead
     greet    role: connect and make a good handshake
     token    prove what the role has to, well
@@ -26,7 +27,6 @@ import json
 import os
 import pathlib
 import secrets
-import select
 import socket
 import struct
 import tempfile
@@ -106,11 +106,14 @@ class Local:
         for role, secret in SECRETS.items():
             (folder / role).write_text(secret.hex())
         self.settings = me.DEFAULTS | {"MODEL_PATH": str(model), "ENCLAVE_MEASUREMENT": "ab" * 32}
-        self.settings |= {"ENCLAVE_OWNER_PSK": f"{folder}/owner", "ENCLAVE_USER_PSK": f"{folder}/user"}
+        self.settings |= {
+            "ENCLAVE_OWNER_PSK": f"{folder}/owner",
+            "ENCLAVE_USER_PSK": f"{folder}/user",
+        }
         self.settings |= {"ENCLAVE_RATE": str(FREE), "ENCLAVE_BURST": str(1 << 30)}
         self.address = str(folder / "gate")
         self.crashes, self.gate, self.welcome = [], None, None
-        self.psk = SECRETS
+        self.psk, self.can = SECRETS, dict.fromkeys(ROLES, True)
         self.values = {"TOKEN": TOKEN, "KEY": WEIGHTS_KEY.hex()}
         self.values |= {"MODEL": hashlib.sha256(self.header).hexdigest()}
         self.values |= {"USER": hashlib.sha256(TOKEN.encode()).hexdigest()}
@@ -232,9 +235,13 @@ class Local:
         while (gate.sessions or gate.replies) and time.monotonic() < deadline:
             time.sleep(0.001)
         if gate.sessions:
-            return Finding("growth", f"{len(gate.sessions)} sessions are left of peers that have gone")
+            return Finding(
+                "growth", f"{len(gate.sessions)} sessions are left of peers that have gone"
+            )
         if gate.replies:
-            return Finding("growth", f"{len(gate.replies)} answers are left of peers that have gone")
+            return Finding(
+                "growth", f"{len(gate.replies)} answers are left of peers that have gone"
+            )
         return None
 
 
@@ -307,7 +314,11 @@ class Live:
 
     def __init__(self, address, psk, token=None, key=None, table=None, pid=None):
         self.address, self.psk, self.pid = address, psk, pid
-        self.values = {"TOKEN": token or "-" * 20, "KEY": (key or bytes(32)).hex(), "MODEL": "00" * 32}
+        self.values = {
+            "TOKEN": token or "-" * 20,
+            "KEY": (key or bytes(32)).hex(),
+            "MODEL": "00" * 32,
+        }
         self.values["USER"] = hashlib.sha256(self.values["TOKEN"].encode()).hexdigest()
         self.vocabulary = (oracle.id_bits(len(table)), len(table)) if table else None
         self.can = {"user": bool(token and "user" in psk), "owner": bool(key and "owner" in psk)}
@@ -320,8 +331,9 @@ class Live:
             peer.greet("user")
             self.values["MODEL"] = peer.measured["model"]
             is_ready = peer.measured["status"] == "ready"
-        users = {self.values["USER"]} if is_ready else ()
-        self.world = oracle.World(self.values["MODEL"], self.values["KEY"], users, is_ready)
+        users = {self.values["USER"]} if self.can["user"] else ()
+        key = self.values["KEY"] if self.can["owner"] else None
+        self.world = oracle.World(self.values["MODEL"], key, users, is_ready)
 
     def close(self):
         """Nothing of it is ours."""
@@ -372,14 +384,15 @@ class Connection:
         """End it."""
         self.socket.close()
 
-    def send(self, data, cut=None):
+    def send(self, data, cut=None, pause=0):
         """Send bytes, in pieces if need be; a gate that has hung up is none of our business here."""
         if self.has_left:
             return
         self.peer.feed(data)
-        with contextlib.suppress(BrokenPipeError, ConnectionError):
+        with contextlib.suppress(ConnectionError):
             for at in range(0, len(data), cut or len(data) or 1):
                 self.socket.sendall(data[at : at + (cut or len(data))])
+                time.sleep(pause)
         if self.peer.stage == "measurement" and not self.has_left:
             self.measure()
 
@@ -399,11 +412,11 @@ class Connection:
         if self.peer.stage != "token":
             raise oracle.Refused("a good challenge was not answered")
 
-    def say(self, body):
+    def say(self, body, cut=None):
         """A message in a good record."""
-        self.record(oracle.plain_message(body))
+        self.record(oracle.plain_message(body), cut=cut)
 
-    def record(self, plain, way="fair", length=None):
+    def record(self, plain, way="fair", length=None, cut=None):
         """A record, made in one of these ways; before there are keys it is sealed by another."""
         key, count = getattr(self.peer, "key", bytes(32)), getattr(self.peer, "sent", 0)
         if way == "again" and self.last:
@@ -417,7 +430,7 @@ class Connection:
         if hasattr(self.peer, "sent") and way in ("fair", "flipped", "skipped"):
             self.peer.sent += 1
         self.last = data
-        self.send(data)
+        self.send(data, cut)
 
     def frame(self, limit):
         """The payload of the next frame. Raises Lost; Refused for one that is too long."""
@@ -463,12 +476,18 @@ class Connection:
         if self.has_left or self.is_stalled or self.is_stuck():
             return
         while peer.is_waiting():
-            if not peer.due and peer.ending() is None:
+            if not peer.due and peer.is_ending:
                 return self.end()
             held = peer.due and peer.due[0][0] == "answer" and len(peer.due) == 1
             if held and str(peer.due[0][1].get("prompt", "")).startswith(HOLD):
                 self.say(b'{"cancel":true}')
-            self.take()
+            try:
+                self.take()
+            except Lost as error:
+                if error.is_late or not peer.may_be_cut():
+                    raise
+                self.has_left = True
+                return None
 
     def take(self):
         """One message."""
@@ -534,7 +553,9 @@ class Player:
                 self.finish(peer)
             return self.crash() or self.stand.left_over()
         except oracle.Refused as error:
-            return self.crash() or Finding("reply", f"{action['do']}, peer {action.get('peer')}: {error}")
+            return self.crash() or Finding(
+                "reply", f"{action['do']}, peer {action.get('peer')}: {error}"
+            )
         except Lost as error:
             return self.crash() or Finding("hang" if error.is_late else "refused", str(error))
         except TimeoutError:
@@ -607,14 +628,14 @@ class Player:
             return
         self.count(action["do"])
         if what == "say" and peer.peer.role:
-            peer.say(data)
+            peer.say(data, action.get("cut"))
         elif what == "record":
             peer.record(data, action.get("way", "fair"), action.get("length"))
         elif what == "frame":
             length = action.get("length", len(data))
             peer.send(struct.pack(">I", length) + data, action.get("cut"))
         else:
-            peer.send(data, action.get("cut"))
+            peer.send(data, action.get("cut"), action.get("pause", 0))
 
     def finish(self, peer):
         """The end of a case, for one peer: what is due comes; then it leaves, and nothing more."""
@@ -630,7 +651,7 @@ class Player:
         """A Finding unless a good user, and a good owner, are served now."""
         actions = []
         for number, role in enumerate(ROLES):
-            if not self.stand.is_live or self.stand.can[role]:
+            if self.stand.can[role]:
                 actions += [{"do": "greet", "peer": number, "role": role}]
                 actions += [{"do": "token", "peer": number}, {"do": "read", "peer": number}]
         found = self.play(actions)
@@ -641,12 +662,7 @@ def memory(pid="self"):
     """The resident memory of a process, in bytes; None if it can't be read."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         text = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return int(next(row for row in text.splitlines() if row.startswith("VmRSS")).split()[1]) << 10
+        return (
+            int(next(row for row in text.splitlines() if row.startswith("VmRSS")).split()[1]) << 10
+        )
     return None
-
-
-def is_readable(connection):
-    """Whether something came."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(0))

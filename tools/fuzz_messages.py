@@ -23,9 +23,19 @@ EDGES += ((1 << 53) - 1, 1 << 53, (1 << 53) + 1, (1 << 63) - 1, 1 << 63, 1 << 64
 NUMBERS = """NaN Infinity -Infinity 1e400 -1e400 1e308 1e-400 0.1 -0 -0.0 1.0 1e0 01 +1 1. .5 0x1 1_0
 1e 1e+ --1 - 1,5 \u0661 \uff11""".split()
 NUMBERS += ["1" * oracle.DIGITS, "1" * (oracle.DIGITS + 1), "-" + "1" * 5000, "0." + "1" * 5000]
-LITERALS = "null true false nul True None undefined 'a' [] {} [null] {\"a\":1} \"\" /**/1 1//".split()
+LITERALS = 'null true false nul True None undefined \'a\' [] {} [null] {"a":1} "" /**/1 1//'.split()
 LETTERS = [r'"\ud800"', r'"\udfff"', r'"\ud83d\ude00"', r'"\ude00\ud83d"', r'"\u0000"', '"\0"']
-LETTERS += ['"\n"', '"\t"', r'"\x41"', r'"\u004"', '"\u2028"', '"\ufeff"', r'"\/"', '"\\"', '"\x7f"']
+LETTERS += [
+    '"\n"',
+    '"\t"',
+    r'"\x41"',
+    r'"\u004"',
+    '"\u2028"',
+    '"\ufeff"',
+    r'"\/"',
+    '"\\"',
+    '"\x7f"',
+]
 WICKED = [  # what other parsers have fallen for
     "%s%s%s%n%n%x",
     "{0.__class__.__mro__}",
@@ -54,7 +64,15 @@ NAMES = ["__proto__", "constructor", "__class__", "prototype", "", " ", "\0", "p
 NAMES += ["prompt ", "pr\u043empt", "more", "a" * 300, "error", "$ref", "key", "token", "lease"]
 NAMES += ["status", "debug", "is_admin", "role", "model", "score", "temperature?", "seed?"]
 WORDS = (b"null", b"true", b"{}", b"[]", b'"', b"\\u0000", b"-1", b"1e400", b",", b"}", b"{", b":")
-BAD_UTF8 = (b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\x80", b"\xfe")
+BAD_UTF8 = (
+    b"\xff",
+    b"\xc0\xaf",
+    b"\xed\xa0\x80",
+    b"\xf4\x90\x80\x80",
+    b"\xe2\x82",
+    b"\x80",
+    b"\xfe",
+)
 SPACES = ("", "", "", " ", "\n", "\t", "\r\n ", "\x0b", "\xa0", "\u2003", "\x00", "\x0c")
 
 
@@ -191,7 +209,9 @@ def mutate_tree(chance, tree, form):
         pairs.insert(chance.randrange(len(pairs) + 1), [name, anything(chance)])
     elif what == 3 and pairs:
         name = pairs[at][0]
-        pairs[at][0] = chance.choice((name.upper(), name + " ", name[1:], name + "\0", "\ufeff" + name))
+        pairs[at][0] = chance.choice(
+            (name.upper(), name + " ", name[1:], name + "\0", "\ufeff" + name)
+        )
     elif pairs:
         pairs[at][1] = wrong_value(chance, kind_of(inner, pairs[at][0]))
 
@@ -235,14 +255,18 @@ def mutate_text(chance, text):
     if what == 0:
         return chance.choice((b"\xef\xbb\xbf", b"\xff\xfe", b" ", b"\0")) + text.encode()
     if what == 1:
-        return text.encode(chance.choice(("utf-16", "utf-16-le", "utf-32", "utf-7", "latin-1")), "replace")
+        return text.encode(
+            chance.choice(("utf-16", "utf-16-le", "utf-32", "utf-7", "latin-1")), "replace"
+        )
     if what == 2:
         more = (" ", "\n", "{}", ",", "\0", "}", "//", "\x1a", text)
         return (text + chance.choice(more)).encode()
     if what == 3:
         return text[:at].encode()
     if what == 4:
-        return text.replace(chance.choice('"{:,}'), chance.choice(("'", "", ",,", "[", " ")), 1).encode()
+        return text.replace(
+            chance.choice('"{:,}'), chance.choice(("'", "", ",,", "[", " ")), 1
+        ).encode()
     if what == 5:
         return (text[:at] + chance.choice(SPACES) + text[at:]).encode()
     if what == 6:
@@ -250,9 +274,13 @@ def mutate_text(chance, text):
         at = min(at, len(bad))
         return bad[:at] + chance.choice(BAD_UTF8) + bad[at:]
     if what == 7:
-        return chance.choice((f"[{text}]", f'{{"a":{text}}}', f'"{text}"', f"{text}{text}")).encode()
+        return chance.choice(
+            (f"[{text}]", f'{{"a":{text}}}', f'"{text}"', f"{text}{text}")
+        ).encode()
     if what == 8:
-        return chance.choice((b"", b"{}", b"[]", b"null", b"{", b'""', b"0", b"\0" * 9, b"[" * 99_999))
+        return chance.choice(
+            (b"", b"{}", b"[]", b"null", b"{", b'""', b"0", b"\0" * 9, b"[" * 99_999)
+        )
     if what == 9:
         return (text[:-1] + ',"":0' * chance.choice((0, 1, 2)) + ",}").encode()
     return mutate_bytes(chance, text.encode())

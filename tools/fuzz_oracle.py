@@ -39,7 +39,8 @@ FORMS = {
     "unlock": "key hex 32; model hex 32; lease? form lease",
     "log": "log true",
     "access": "token text 16 256",
-    "generate": "prompt text 0 1048576;" + (
+    "generate": "prompt text 0 1048576;"
+    + (
         options := f"temperature? number 0 10; top_p? number 0.000001 1; top_k? int 0 {1 << 20};"
         f"repetition_penalty? number 0.1 10; seed? int 0 {(1 << 63) - 1};"
         f"max_new_tokens? int 1 {1 << 24}; stream? bool; stop? list 0 16 text 1 256;"
@@ -70,8 +71,6 @@ FIELDS = {
 }
 
 
-
-
 class Refused(Exception):
     """What the other side may not say; `code` as in CODES."""
 
@@ -83,9 +82,7 @@ class Refused(Exception):
 # ---------------------------------------------------------------- JSON
 
 SPACE = re.compile(r"[ \t\n\r]*")
-STRING = re.compile(
-    r'"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*"'
-)
+STRING = re.compile(r'"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*"')
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 WORDS = {"true": True, "false": False, "null": None}
 ESCAPE = re.compile(
@@ -455,9 +452,10 @@ class Peer:
             token = parse(body, "access")[1]["token"]
             if not world.is_ready:
                 raise Refused("locked")
-            self.user = hashlib.sha256(token.encode()).hexdigest()
-            if self.user not in world.users:
+            user = hashlib.sha256(token.encode()).hexdigest()
+            if user not in world.users:
                 raise Refused("token_refused")
+            self.user = user
         else:
             form, token = parse(body, "unlock", "log")
             if form == "log":
@@ -505,6 +503,10 @@ class Peer:
         while self.due and self.due[0] == ("cancel",):
             self.due.popleft()  # nothing is said to a cancel that crosses an answer's end
         return bool(self.due) or self.is_ending or self.ending() is not None
+
+    def may_be_cut(self):
+        """Whether a record that ends the session has been sent while an answer ran."""
+        return self.is_ending and bool(self.due) and self.due[0][0] == "answer"
 
     def check(self, kind, body, vocabulary):
         """What came, one message: whether the protocol has it here. Raises Refused with a text.

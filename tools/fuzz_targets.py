@@ -516,8 +516,12 @@ def check_pipe(data):
     for at in range(0, len(data) - 7, 8):
         kind, slot, value = mp.PIPE.unpack(data[at : at + 8])
         reply = replies.get(slot)
-        is_good = reply is not None and slot not in ended and is_pipe_message(
-            kind, value, len(ids.get(slot, ())), getattr(reply, "prompt_tokens", 0)
+        is_good = (
+            reply is not None
+            and slot not in ended
+            and is_pipe_message(
+                kind, value, len(ids.get(slot, ())), getattr(reply, "prompt_tokens", 0)
+            )
         )
         real = outcome(
             me.Gate.take_message, gate, kind, slot, value, promised=(KeyError, mp.ProtocolError)
@@ -651,9 +655,24 @@ TARGETS |= {
     "frame": Target(make_frame, check_frame, "read_frame on a clock of its own"),
     "records": Target(make_records, check_records, "Opener: replayed, changed, short, padded"),
     "prefix": Target(
-        lambda chance: messages.mutate_bytes(chance, b"MUSEALv1" + chance.choice(
-            (b"\0\0\0\2", b"\0\x10\0\0", b"\0\x10\0\1", b"\0\0\0\1", b"\xff" * 4, b"\0\0\2\0")
-        )) if chance.random() < 0.5 else b"MUSEALv1" + chance.randbytes(4),
+        lambda chance: (
+            messages.mutate_bytes(
+                chance,
+                b"MUSEALv1"
+                + chance.choice(
+                    (
+                        b"\0\0\0\2",
+                        b"\0\x10\0\0",
+                        b"\0\x10\0\1",
+                        b"\0\0\0\1",
+                        b"\xff" * 4,
+                        b"\0\0\2\0",
+                    )
+                ),
+            )
+            if chance.random() < 0.5
+            else b"MUSEALv1" + chance.randbytes(4)
+        ),
         check_prefix,
         "header_length",
     ),
