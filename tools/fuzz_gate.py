@@ -11,14 +11,14 @@ A case is a list of actions, plain JSON, each with the number of its peer (a con
     token    prove what the role has to, well
     say      data: a JSON message, as a good record
     record   data: a record's plaintext; way: fair, again (the last record's bytes once more),
-             skipped (a number is left out), flipped (a bit), bare (not sealed), length (as in frame)
+             skipped (a number is left out), flipped (a bit), bare (not sealed); length: as in frame
     read     take all that has to come
     leave    how: close, reset, half (no more will be sent)
     stall    from here on the peer is silent, and has to be cut off
     parse    target, data: one parser by itself (fuzz_targets.py); no peer
 
-Data is text, or {"hex": ...}. In it @TOKEN@, @KEY@, @MODEL@, @USER@, @SHARE@, @NONCE@ stand for what
-the target has, @LEASE@ for an id and @SEQUENCE@ for a number that were never used before.
+Data is text, or {"hex": ...}. In it @TOKEN@, @KEY@, @MODEL@, @USER@, @SHARE@, @NONCE@ stand for
+what the target has, @LEASE@ for an id and @SEQUENCE@ for a number that were never used before.
 """
 
 import contextlib
@@ -89,8 +89,8 @@ def as_data(data):
 class Local:
     """The product's own Gate, welcome and Session in this process, on a socket in a folder.
 
-    Doubles stand for init, loader and engine: they say what those say over the same pipes. Ticks and
-    pauses are short (QUICK); deadlines are the product's, but for peers that stall (IMPATIENT).
+    Doubles stand for init, loader and engine: they say what those say over the same pipes. Ticks
+    and pauses are short (QUICK); deadlines are the product's, but where peers stall (IMPATIENT).
     """
 
     is_live = False
@@ -304,9 +304,9 @@ def fill(stand, data):
 class Live:
     """An enclave that runs somewhere, unlocked by its owner.
 
-    address: (host, port). psk: {role: secret}; roles whose secret or token is missing are left out
-    behind the handshake. token: an access token of its lease. key: the weights key, 32 bytes. table:
-    a vocabulary's table, if known. pid: of its gate, on this machine, whose memory is watched.
+    address: (host, port). psk: {role: secret}. token: an access token of its lease. key: the
+    weights key, 32 bytes; without these a role is refused behind its handshake. table: a
+    vocabulary's, if known. pid: of its gate, on this machine, whose memory is watched.
     """
 
     is_live = True
@@ -385,7 +385,7 @@ class Connection:
         self.socket.close()
 
     def send(self, data, cut=None, pause=0):
-        """Send bytes, in pieces if need be; a gate that has hung up is none of our business here."""
+        """Send bytes, in pieces if need be. That the gate has hung up is seen when it is read."""
         if self.has_left:
             return
         self.peer.feed(data)
@@ -558,8 +558,8 @@ class Player:
             )
         except Lost as error:
             return self.crash() or Finding("hang" if error.is_late else "refused", str(error))
-        except TimeoutError:
-            return self.crash() or Finding("hang", f"{action['do']}: the gate takes nothing more")
+        except OSError as error:
+            return self.crash() or Finding("hang", f"{action['do']}: the gate takes no more: {error}")
         finally:
             for peer in peers.values():
                 self.replies += peer.taken
@@ -599,6 +599,8 @@ class Player:
         if what in ("open", "greet"):
             if number in peers:
                 peers.pop(number).close()
+            if self.stand.world.is_over:
+                return  # after a lock nobody comes in any more
             peers[number] = Connection(self.stand, number)
             if what == "greet":
                 self.count("greet")
