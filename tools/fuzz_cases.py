@@ -546,15 +546,19 @@ def slow_peers(chance):
     for number, role in ((5, "user"), (6, "owner"), (7, "user"), (8, "owner")):
         stalls.append(do("greet", number, role=role))
         stalls += [do("send", number, data="\0\0\0\x50{")] * (number > 6) + [do("stall", number)]
-    for number, role in ((9, "user"), (10, "owner")):
+    for number, role in ((9, "user"), (10, "owner")):  # these have proved themselves
         stalls += [do("greet", number, role=role), do("token", number), do("read", number)]
         stalls += [do("send", number, data="\0\0\0\x50{"), do("stall", number)]
-    stalls += [
-        do("open", 11),
-        do("send", 11, data="\0\0\1\0{   {", cut=1, pause=0.5),
-        do("stall", 11),
-    ]
     yield stalls
+
+
+@case
+def dribbling_peers(chance):
+    """Slower than slow loris: a byte now and then, in the challenge and in the token."""
+    actions = [do("open", 1), do("send", 1, data="\0\0\1\0{")]
+    for number, role in ((2, "user"), (3, "owner")):
+        actions += [do("greet", number, role=role), do("send", number, data="\0\0\1\0")]
+    yield [*actions, {"do": "dribble", "peers": [1, 2, 3]}]
 
 
 # ---------------------------------------------------------------- streams
@@ -611,12 +615,9 @@ def random_tokens(chance):
     actions = []
     for number in range(4):
         role = chance.choice(gate.ROLES)
-        text = (
-            gate.TOKENS["user"]
-            if role == "user"
-            else chance.choice((gate.TOKENS[role], gate.UNLOCK))
-        )
-        body = mutated_template(chance, text, "access" if role == "user" else "unlock")
+        meant = role if chance.random() < 0.85 else chance.choice(gate.ROLES)
+        text = gate.UNLOCK if meant == "owner" and chance.random() < 0.5 else gate.TOKENS[meant]
+        body = mutated_template(chance, text, "access" if meant == "user" else "unlock")
         actions += [
             do("greet", number, role=role),
             do("say", number, data=body),

@@ -15,6 +15,7 @@ A case is a list of actions, plain JSON, each with the number of its peer (a con
     read     take all that has to come
     leave    how: close, reset, half (no more will be sent)
     stall    from here on the peer is silent, and has to be cut off
+    dribble  peers: they send a byte now and then, within the handshake, and have to be cut off
     parse    target, data: one parser by itself (fuzz_targets.py); no peer
 
 Data is text, or {"hex": ...}. In it @TOKEN@, @KEY@, @MODEL@, @USER@, @SHARE@, @NONCE@ stand for
@@ -94,7 +95,8 @@ class Local:
     """
 
     is_live = False
-    patience = 30  # seconds
+    dribble = 9  # seconds that peers dribble: long past IMPATIENT
+    patience = 30  # seconds that anything may take
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="muenclave-")
@@ -310,6 +312,7 @@ class Live:
     """
 
     is_live = True
+    dribble = 30  # seconds that peers dribble: long past the product's deadline
     patience = 90  # seconds
 
     def __init__(self, address, psk, token=None, key=None, table=None, pid=None):
@@ -460,6 +463,18 @@ class Connection:
         except ConnectionError:
             return b""
 
+    def is_kept(self):
+        """Whether the gate still takes bytes of this peer; it gets one."""
+        try:
+            self.socket.sendall(b" ")
+            self.socket.settimeout(0.001)
+            self.has_left = not self.socket.recv(1)
+        except TimeoutError:
+            return True
+        except ConnectionError:
+            self.has_left = True
+        return not self.has_left
+
     def due(self):
         """What has to come, in words."""
         first = self.peer.due[0] if self.peer.due else ("the end",)
@@ -484,7 +499,7 @@ class Connection:
             try:
                 self.take()
             except Lost as error:
-                if error.is_late or not peer.may_be_cut():
+                if error.is_late or not peer.may_be_cut(self.stand.is_live):
                     raise
                 self.has_left = True
                 return None
@@ -543,9 +558,9 @@ class Player:
         """A Finding, or None. Afterwards no peer is left; a gate that has changed is replaced."""
         if actions and actions[0]["do"] == "parse":
             return self.parse_all(actions)
-        peers, action = {}, {}
-        self.prepare(actions)
+        peers, action = {}, {"do": "start"}
         try:
+            self.prepare(actions)
             for action in actions:
                 self.act(peers, action)
             for peer in [*peers.values()]:
@@ -588,13 +603,16 @@ class Player:
         is_good = is_good and (wanted == "locked" or stand.values["USER"] in stand.world.users)
         if not is_good:
             stand.start(wanted == "ready")
-        stalls = any(action["do"] == "stall" for action in actions)
+        stalls = any(action["do"] in ("stall", "dribble") for action in actions)
         stand.hurry(IMPATIENT if stalls else {name: stand.kept[name] for name in IMPATIENT})
 
     def act(self, peers, action):
         """One action."""
         what, number = action["do"], action.get("peer", 0)
         if what == "world":
+            return
+        if what == "dribble":
+            self.dribble([peers[n] for n in action["peers"] if n in peers])
             return
         if what in ("open", "greet"):
             if number in peers:
@@ -638,6 +656,16 @@ class Player:
             peer.send(struct.pack(">I", length) + data, action.get("cut"))
         else:
             peer.send(data, action.get("cut"), action.get("pause", 0))
+
+    def dribble(self, peers):
+        """Peers that send a byte now and then: as slow as can be, but never silent. Raises Lost."""
+        until = time.monotonic() + self.stand.dribble
+        kept = [peer for peer in peers if not peer.has_left]
+        while kept and time.monotonic() < until:
+            time.sleep(0.5)
+            kept = [peer for peer in kept if peer.is_kept()]
+        if kept:
+            raise Lost(f"peer {kept[0].number} is kept though its frame never ends", True)
 
     def finish(self, peer):
         """The end of a case, for one peer: what is due comes; then it leaves, and nothing more."""

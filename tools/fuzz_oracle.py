@@ -504,9 +504,14 @@ class Peer:
             self.due.popleft()  # nothing is said to a cancel that crosses an answer's end
         return bool(self.due) or self.is_ending or self.ending() is not None
 
-    def may_be_cut(self):
-        """Whether a record that ends the session has been sent while an answer ran."""
-        return self.is_ending and bool(self.due) and self.due[0][0] == "answer"
+    def may_be_cut(self, is_tcp):
+        """Whether the end may come where a reply was due: what breaks the protocol was sent since.
+
+        It ends an answer that runs. By TCP, bytes behind it that nobody reads any more turn the end
+        into a reset, which can overtake replies.
+        """
+        is_answering = bool(self.due) and self.due[0][0] == "answer"
+        return self.is_ending and (is_answering or (is_tcp and len(self.wire) > 0))
 
     def check(self, kind, body, vocabulary):
         """What came, one message: whether the protocol has it here. Raises Refused with a text.

@@ -12,8 +12,8 @@ must be taken; every reply must be one of the protocol's, in cells, with canonic
     --replay FILE      a case that was saved, against one of these
     --atheris          the parsers, guided by coverage (pip install atheris)
 
-Without --case all named cases come first, then random ones until --count messages or --seconds; the
-same seed gives the same ones. A case that fails is made smaller, shown, and with --save written to
+Without --case all named cases come first, then random ones until --count messages or --seconds;
+--random leaves the named ones out. The same seed gives the same cases. A case that fails is made smaller, shown, and with --save written to
 a file. An enclave that hurries strangers (--rate of tools/enclave.py) is fuzzed faster.
 
 --json FILE ("-": standard output) writes {"tool": "fuzz_rpc", "version": 1, "mode", "target",
@@ -50,7 +50,7 @@ SEED = 1
 COUNT = 20_000  # messages, if neither --count nor --seconds is given
 CHECK_EVERY = 300  # random episodes between two looks at whether good clients are served
 GROWTH = 48 << 20  # bytes by which the resident memory may grow once the first cases are done
-SHRINK_RUNS, SHRINK_SECONDS = 400, 60  # spent on making a case smaller
+SHRINK_RUNS, SHRINK_SECONDS = 400, 60  # at most, to make a case smaller
 VERSION = 1
 
 
@@ -62,7 +62,7 @@ def say(text):
 # ---------------------------------------------------------------- making a case smaller
 
 
-def shrink(actions, fails, runs=SHRINK_RUNS, seconds=SHRINK_SECONDS):
+def shrink(actions, fails, seconds=SHRINK_SECONDS, runs=SHRINK_RUNS):
     """The least actions found for which fails(actions) still holds: fewer, then with less data.
 
     By delta debugging (Zeller, Hildebrandt 2002), over the actions and then over each one's bytes.
@@ -140,13 +140,13 @@ class Run:
     def keep(self, found, name, episode):
         """Make a case that failed smaller, tell it, and save it."""
         say(f"{found.verdict} in {name}: {found.text}")
-        runs = 6 if found.verdict == "hang" else SHRINK_RUNS
         counts, self.player.counts = self.player.counts, {}
-        smaller = shrink(episode, lambda actions: self.fails(actions, found.verdict), runs)
-        found, self.player.counts = self.again(smaller) or found, counts
+        seconds, verdict = self.flags.shrink, found.verdict
+        smaller = shrink(episode, lambda actions: self.fails(actions, verdict), seconds)
+        if seconds:
+            found = self.again(smaller) or found
+        self.player.counts = counts
         self.findings.append((found, name, smaller))
-        if not self.stand.is_live:
-            self.stand.start()
 
     def again(self, actions):
         """The Finding of actions played on a stand of their own."""
@@ -322,9 +322,9 @@ def make_stand(flags):
 
 
 def begin(stand, flags):
-    """Start it, or find it there. Raises ToolError."""
+    """Find the enclave there. Raises ToolError."""
     try:
-        if flags.reference and stand.is_live:
+        if flags.reference:
             secret = flags.psk if flags.reference["kind"] == "psk" else None
             muproxy.Session(stand.address, flags.reference, secret).close()
         stand.start()
@@ -339,8 +339,10 @@ def run(flags):
     if flags.atheris:
         return run_atheris(flags)
     stand = make_stand(flags)
+    stand.patience = flags.patience or stand.patience
     with contextlib.closing(stand):
-        begin(stand, flags)
+        if stand.is_live:
+            begin(stand, flags)
         work = Run(stand, flags)
         mode = "in-process" if flags.in_process else "live"
         try:
@@ -349,7 +351,8 @@ def run(flags):
                 replay(work, flags.replay)
             else:
                 known = [name for name in cases.STREAMS if not stand.is_live or name == "sessions"]
-                work.named([n for n in flags.case or cases.CASES if n in cases.CASES])
+                named = () if flags.random else cases.CASES
+                work.named([name for name in flags.case or named if name in cases.CASES])
                 work.streams([name for name in flags.case or known if name in known])
                 if len(work.findings) < flags.findings:
                     work.look()
@@ -421,10 +424,13 @@ def make_parser():
     what.add_argument("--atheris", action="store_true", help="the parsers, guided by coverage")
     what.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this; repeatable")
+    parser.add_argument("--random", action="store_true", help="only random cases, no named ones")
     parser.add_argument("--replay", type=pathlib.Path, metavar="FILE", help="a saved case")
     parser.add_argument("--seed", type=int, default=SEED, help=f"({SEED})")
     parser.add_argument("--count", type=whole, help=f"messages ({COUNT:,} without --seconds)")
     parser.add_argument("--seconds", type=float)
+    parser.add_argument("--patience", type=float, help="seconds that an answer, or an end, may take")
+    parser.add_argument("--shrink", type=float, default=SHRINK_SECONDS, metavar="SECONDS")
     parser.add_argument("--findings", type=whole, default=1, help="end after so many (1)")
     parser.add_argument("--save", type=pathlib.Path, metavar="DIR", help="where cases go that fail")
     parser.add_argument("--json", metavar="FILE", help="write the report; - for standard output")
