@@ -15,6 +15,7 @@ HELD = f'{{"prompt":"{gate.HOLD}","max_new_tokens":60}}'
 CANCEL, STATUS = '{"cancel":true}', '{"status":true}'
 GOOD = {"challenge": gate.CHALLENGE % "user", **gate.TOKENS, "request": REQUEST, "command": STATUS}
 BATCH = 20  # messages before their replies are read
+PARSED = 40  # inputs of a parser in an episode
 CASES, STREAMS = {}, {}  # name: function
 
 
@@ -570,7 +571,7 @@ def parser_stream(name):
     def stream(chance):
         while True:
             make = targets.TARGETS[name].make
-            data = [as_data(make(chance)) for _ in range(BATCH)]
+            data = [as_data(make(chance)) for _ in range(PARSED)]
             yield [{"do": "parse", "target": name, "data": body} for body in data]
 
     stream.__doc__ = targets.TARGETS[name].about

@@ -45,6 +45,7 @@ ROLES = ("user", "owner")
 HOLD = "hold"  # how a prompt begins to which the double of the engine answers without an end
 VOCABULARY = 300  # ids
 CONTEXT = 4096
+SEGMENT = 2000  # bytes of messages that go out together
 TOKEN = "mu-" + "5a" * 32
 SECRETS = {"owner": bytes([1]) * 32, "user": bytes([2]) * 32}
 WEIGHTS_KEY = bytes([3]) * 32
@@ -381,6 +382,7 @@ class Connection:
         self.peer = oracle.Peer(getattr(stand, "world", oracle.World("", "")))
         self.has_left = self.is_stalled = False
         self.last = b""  # the last record's bytes
+        self.waiting = b""  # messages of a session, to be sent in one segment
         self.taken = 0  # messages that came
 
     def close(self):
@@ -391,13 +393,23 @@ class Connection:
         """Send bytes, in pieces if need be. That the gate has hung up is seen when it is read."""
         if self.has_left:
             return
+        is_serving = self.peer.stage == "serving"
         self.peer.feed(data)
+        self.waiting += data
+        if is_serving and not cut and len(self.waiting) < SEGMENT:
+            return
+        self.flush(cut, pause)
+        if self.peer.stage == "measurement" and not self.has_left:
+            self.measure()
+
+    def flush(self, cut=None, pause=0):
+        """Send what waits to be sent with more."""
+        data, self.waiting = self.waiting, b""
         with contextlib.suppress(ConnectionError):
             for at in range(0, len(data), cut or len(data) or 1):
                 self.socket.sendall(data[at : at + (cut or len(data))])
-                time.sleep(pause)
-        if self.peer.stage == "measurement" and not self.has_left:
-            self.measure()
+                if pause:
+                    time.sleep(pause)
 
     def measure(self):
         """Take step 1 and check it; then the keys are known. Raises Lost, Refused."""
@@ -488,6 +500,7 @@ class Connection:
     def read(self):
         """Take all that has to come. Raises Lost; Refused for what the protocol does not have."""
         peer = self.peer
+        self.flush()
         if self.has_left or self.is_stalled or self.is_stuck():
             return
         while peer.is_waiting():
@@ -496,6 +509,7 @@ class Connection:
             held = peer.due and peer.due[0][0] == "answer" and len(peer.due) == 1
             if held and str(peer.due[0][1].get("prompt", "")).startswith(HOLD):
                 self.say(b'{"cancel":true}')
+                self.flush()
             try:
                 self.take()
             except Lost as error:
@@ -526,6 +540,7 @@ class Connection:
         """Hang up in one way or another. Raises Refused for what comes though nothing was due."""
         if self.has_left:
             return
+        self.flush()
         if how == "reset" and self.socket.family != socket.AF_UNIX:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
         if how == "half":
@@ -632,6 +647,7 @@ class Player:
         elif what == "leave":
             peer.leave(action["how"])
         elif what == "stall":
+            peer.flush()
             peer.is_stalled = True
         else:
             self.put(peer, action)

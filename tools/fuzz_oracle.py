@@ -88,6 +88,7 @@ WORDS = {"true": True, "false": False, "null": None}
 ESCAPE = re.compile(
     r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.))"
 )
+SURROGATE = re.compile("[\ud800-\udfff]")  # that has no other half
 LETTERS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -166,9 +167,11 @@ def _string(text, at):
     found = STRING.match(text, at)
     if not found:
         raise Refused("bad_json")
-    string = ESCAPE.sub(_unescape, found[0][1:-1])
-    if any("\ud800" <= letter <= "\udfff" for letter in string):
-        raise Refused("bad_json")
+    string = found[0][1:-1]
+    if "\\" in string:
+        string = ESCAPE.sub(_unescape, string)
+        if SURROGATE.search(string):
+            raise Refused("bad_json")
     return string, found.end()
 
 
