@@ -35,7 +35,7 @@ PLANTED = {
     "length limit": (
         [("muprotocol.py", "    if length > limit:\n", "    if False:\n")],
         [],
-        {"accepted", "reply"},
+        {"accepted", "refused", "reply"},
     ),
     "deadline of a frame": (
         [("muprotocol.py", "connection.settimeout(max(deadline - clock(), 1e-6))", "pass")],
@@ -43,8 +43,13 @@ PLANTED = {
         {"hang"},
     ),
     "deadline of the handshake": (
-        [("muenclave.py", "self.read(deadline - time.monotonic(), mp", "self.read(None, mp")],
+        [("muenclave.py", "mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)", "mp.HANDSHAKE_FRAME)")],
         ["--case", "slow-peers", "--patience", "9"],
+        {"hang"},
+    ),
+    "deadline of a token": (
+        [("muenclave.py", "self.read(deadline - time.monotonic(), mp", "self.read(None, mp")],
+        ["--case", "dribbling-peers"],
         {"hang"},
     ),
     "duplicate fields": (
@@ -120,12 +125,12 @@ PLANTED = {
     ),
     "sessions that are kept": (
         [("muenclave.py", "self.gate.sessions.pop(self, None)", "pass")],
-        [],
+        ["--random", "--patience", "15"],
         {"growth"},
     ),
     "answers that are kept": (
         [("muenclave.py", "            del self.replies[slot]\n", "")],
-        [],
+        ["--random", "--patience", "15"],
         {"growth", "accepted", "reply"},
     ),
     "ids that do not exist": (
@@ -169,7 +174,7 @@ class Planted(unittest.TestCase):
             folder = pathlib.Path(folder)
             tool = plant(folder, changes)
             flags = flags or ["--random"]
-            common = ("--in-process", "--seed", SEED, "--count", BUDGET, "--save", folder / "found")
+            common = ("--in-process", "--seed", SEED, "--count", BUDGET, "--save", folder / "found", "--shrink", 0)
             status, report, told = run(*common, *flags, tool=tool)
             saved = [json.loads(path.read_text()) for path in (folder / "found").glob("*.json")]
         return status, report, told, saved

@@ -616,9 +616,10 @@ def random_tokens(chance):
     actions = []
     for number in range(4):
         role = chance.choice(gate.ROLES)
-        meant = role if chance.random() < 0.85 else chance.choice(gate.ROLES)
+        meant = role if chance.random() < 0.75 else chance.choice(gate.ROLES)
         text = gate.UNLOCK if meant == "owner" and chance.random() < 0.5 else gate.TOKENS[meant]
-        body = mutated_template(chance, text, "access" if meant == "user" else "unlock")
+        form, wrong = "access" if meant == "user" else "unlock", 0.7 * (meant == role)
+        body = mutated_template(chance, text, form, wrong)
         actions += [
             do("greet", number, role=role),
             do("say", number, data=body),
@@ -632,10 +633,10 @@ def random_tokens(chance):
     return actions
 
 
-def mutated_template(chance, text, form):
+def mutated_template(chance, text, form, wrong=0.75):
     """Data: a good message with marks in it, as a tree, changed or not."""
     tree = parse_template(text)
-    return as_data(messages.message(chance, form, tree))
+    return as_data(messages.message(chance, form, tree, wrong))
 
 
 def parse_template(text):
@@ -698,7 +699,7 @@ def sessions(chance):
     """Random sessions with the gate: before, during and after the handshake."""
     while True:
         what = chance.random()
-        if what < 0.65:
+        if what < 0.6:
             episode = random_talk(chance, "user" if what < 0.4 else "owner")
         elif what < 0.75:
             episode = random_tokens(chance)

@@ -48,6 +48,7 @@ import muproxy
 
 SEED = 1
 COUNT = 20_000  # messages, if neither --count nor --seconds is given
+PARSERS = 6  # whose turn comes between two sessions
 CHECK_EVERY = 300  # random episodes between two looks at whether good clients are served
 GROWTH = 48 << 20  # bytes by which the resident memory may grow once the first cases are done
 SHRINK_RUNS, SHRINK_SECONDS = 400, 60  # at most, to make a case smaller
@@ -69,29 +70,35 @@ def shrink(actions, fails, seconds=SHRINK_SECONDS, runs=SHRINK_RUNS):
     """
     until, left = time.monotonic() + seconds, [runs]
 
+    def is_over():
+        return left[0] <= 0 or time.monotonic() >= until
+
     def still(tried):
         left[0] -= 1
-        return left[0] >= 0 and time.monotonic() < until and fails(tried)
+        return fails(tried)
 
-    actions = minimum(actions, still)
+    actions = minimum(actions, still, is_over)
     for at, action in enumerate(actions):
-        if "data" in action:
+        if "data" in action and not is_over():
 
             def with_data(data, at=at, action=action):
                 changed = action | {"data": gate.as_data(bytes(data))}
                 return [*actions[:at], changed, *actions[at + 1 :]]
 
-            data = minimum([*gate.data_of(action)], lambda data: still(with_data(data)))
+            data = [*gate.data_of(action)]
+            data = minimum(data, lambda fewer: still(with_data(fewer)), is_over)
             actions = with_data(data)
     return actions
 
 
-def minimum(items, fails):
+def minimum(items, fails, is_over=lambda: False):
     """A list with parts left out such that fails() holds, and that no single one more can be."""
     parts = 2
-    while len(items) > 1 and parts <= 2 * len(items):
-        size = max(1, -(-len(items) // parts))
+    while len(items) > 1 and parts < 2 * len(items):
+        size = -(-len(items) // parts)
         for at in range(0, len(items), size):
+            if is_over():
+                return items
             fewer = items[:at] + items[at + size :]
             if fails(fewer):
                 items, parts = fewer, max(2, parts - 1)
@@ -104,6 +111,15 @@ def minimum(items, fails):
 
 
 # ---------------------------------------------------------------- a run
+
+
+def in_turn(names):
+    """The streams in the order of a round: between a few parsers comes the gate again."""
+    for number, name in enumerate(names):
+        if "sessions" in names and number % PARSERS == 0:
+            yield "sessions"
+        if name != "sessions":
+            yield name
 
 
 class Run:
@@ -187,10 +203,10 @@ class Run:
         made = {n: cases.STREAMS[n](random.Random(f"{self.flags.seed} {n}")) for n in names}
         number = 0
         while made and not self.is_done():
-            for name, stream in made.items():
+            for name in in_turn(names):
                 if self.is_done():
                     break
-                self.play(name, next(stream))
+                self.play(name, next(made[name]))
                 number += 1
                 if number % CHECK_EVERY == 0:
                     self.look()
