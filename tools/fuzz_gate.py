@@ -464,11 +464,11 @@ class Connection:
             data += block
         return data
 
-    def block(self, size, deadline):
+    def block(self, size, deadline, flags=0):
         """Some bytes, b"" at the end. Raises Lost if nothing comes until the deadline."""
         self.socket.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            return self.socket.recv(size)
+            return self.socket.recv(size, flags)
         except TimeoutError:
             text = f"peer {self.number}: nothing came in time where {self.due()} was due"
             raise Lost(text, True) from None
@@ -491,6 +491,10 @@ class Connection:
         """What has to come, in words."""
         first = self.peer.due[0] if self.peer.due else ("the end",)
         return self.peer.wanted(first)
+
+    def is_unproved(self):
+        """Whether its token's answer has not come yet."""
+        return bool(self.peer.due) and self.taken == 0
 
     def is_stuck(self):
         """Whether a frame that is not whole holds up an answer: that one may last."""
@@ -530,8 +534,10 @@ class Connection:
         self.peer.check(*message, self.stand.vocabulary)
 
     def end(self):
-        """Nothing more may come but the end. Raises Lost, Refused."""
+        """Nothing more may come but the end, or first why all sessions end. Raises Lost, Refused."""
         deadline = time.monotonic() + self.stand.patience
+        if self.peer.ending() is not None and self.block(1, deadline, socket.MSG_PEEK):
+            self.take()
         if data := self.block(1 << 16, deadline):
             raise oracle.Refused(f"{len(data)} bytes where the end was due: {data[:40].hex()}")
         self.has_left = True
@@ -642,6 +648,9 @@ class Player:
         peer = peers.get(number)
         if peer is None:
             return
+        if peer.peer.role == "owner":  # who may change what others' tokens are worth
+            for other in [other for other in peers.values() if other.is_unproved()]:
+                other.read()
         if what == "read":
             peer.read()
         elif what == "leave":

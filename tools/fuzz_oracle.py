@@ -392,13 +392,14 @@ class Peer:
 
     due: what has still to come, in order: ("error", code), ("ready",), ("logged",), or of a user
     ("answer", request, message), ("cancel",), ("wrong", code). is_ending: nothing comes after that
-    but the end. has_changed: it has changed the world, which others have to see.
+    but the end. has_changed: it has changed the world, which others have to see. is_told: it was
+    told why all sessions end.
     """
 
     def __init__(self, world):
         self.world, self.stage, self.role, self.user = world, "challenge", None, None
         self.wire, self.due, self.is_ending = b"", collections.deque(), False
-        self.has_changed, self.ids = False, 0
+        self.has_changed, self.is_told, self.ids = False, False, 0
         self.challenge = self.records = self.answers = None
 
     def feed(self, data):
@@ -496,6 +497,8 @@ class Peer:
 
     def ending(self):
         """The code with which the enclave may end this session at any time, or None."""
+        if self.is_told:
+            return None
         if self.world.is_over and self.stage == "serving":
             return self.world.is_over
         is_struck = self.user is not None and self.user not in self.world.users
@@ -541,7 +544,7 @@ class Peer:
             raise Refused(f"{error.code} in a reply: {body[:200]!r}") from None
         if form == "error" and reply["error"] == self.ending():
             self.due.clear()
-            self.is_ending = True
+            self.is_ending = self.is_told = True
             return
         if form == "progress" and first == ("ready",):
             return
