@@ -160,8 +160,8 @@ def truncated_frame(chance):
 @case
 def invalid_json(chance):
     """What is not JSON, or not one object."""
-    texts = """{ } [ ] null true 1 "a" {"a"} {"a":} {"a":1,} {,} {"a":1}} {"a":1}{"a":1} {a:1} {'a':1}
-    [{}] {"a":[1,]} {"a":01} {"a":+1} {"a":.5} {"a":1.} {"a":0x1} {"a":1e} {"a":tru} //x {}
+    texts = """{ } [ ] null true 1 "a" {"a"} {"a":} {"a":1,} {,} {"a":1}} {"a":1}{"a":1} {a:1}
+    {'a':1} [{}] {"a":[1,]} {"a":01} {"a":+1} {"a":.5} {"a":1.} {"a":0x1} {"a":1e} {"a":tru} //x {}
     {"a":"\\x"} {"a":"\\u12"} {"a":"\\"} {"a":1/**/}""".split()
     yield from everywhere(texts + ['{"a":"\n"}', '{"a":"\t"}', '{"a":1} x', "\ufeff{}", "{}\0"])
     yield from at_each_step(

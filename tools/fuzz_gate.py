@@ -534,7 +534,7 @@ class Connection:
         self.peer.check(*message, self.stand.vocabulary)
 
     def end(self):
-        """Nothing more may come but the end, or first why all sessions end. Raises Lost, Refused."""
+        """Nothing more may come but the end, or why all sessions end. Lost, Refused."""
         deadline = time.monotonic() + self.stand.patience
         if self.peer.ending() is not None and self.block(1, deadline, socket.MSG_PEEK):
             self.take()
@@ -595,7 +595,9 @@ class Player:
         except Lost as error:
             return self.crash() or Finding("hang" if error.is_late else "refused", str(error))
         except OSError as error:
-            return self.crash() or Finding("hang", f"{action['do']}: the gate takes no more: {error}")
+            return self.crash() or Finding(
+                "hang", f"{action['do']}: the gate takes no more: {error}"
+            )
         finally:
             for peer in peers.values():
                 self.replies += peer.taken

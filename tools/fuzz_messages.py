@@ -20,8 +20,8 @@ class Pairs(list):
 
 EDGES = (0, 1, -1, 2, 255, 256, 4095, 4096, 4097, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 32)
 EDGES += ((1 << 53) - 1, 1 << 53, (1 << 53) + 1, (1 << 63) - 1, 1 << 63, 1 << 64, -(1 << 63))
-NUMBERS = """NaN Infinity -Infinity 1e400 -1e400 1e308 1e-400 0.1 -0 -0.0 1.0 1e0 01 +1 1. .5 0x1 1_0
-1e 1e+ --1 - 1,5 \u0661 \uff11""".split()
+NUMBERS = """NaN Infinity -Infinity 1e400 -1e400 1e308 1e-400 0.1 -0 -0.0 1.0 1e0 01 +1 1. .5 0x1
+1_0 1e 1e+ --1 - 1,5 \u0661 \uff11""".split()
 NUMBERS += ["1" * oracle.DIGITS, "1" * (oracle.DIGITS + 1), "-" + "1" * 5000, "0." + "1" * 5000]
 LITERALS = 'null true false nul True None undefined \'a\' [] {} [null] {"a":1} "" /**/1 1//'.split()
 LETTERS = [r'"\ud800"', r'"\udfff"', r'"\ud83d\ude00"', r'"\ude00\ud83d"', r'"\u0000"', '"\0"']

@@ -93,7 +93,7 @@ LETTERS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
 def parse_json(data):
-    """The object in bytes of JSON. Raises Refused("bad_json"). Without recursion, so of any depth."""
+    """The object in bytes of JSON. Raises Refused("bad_json"). Without recursion."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -365,7 +365,7 @@ def agree(challenge, measurement, share):
     return *keys, report
 
 
-# ---------------------------------------------------------------- a session, as the gate has to see it
+# ---------------------------------------------------------------- a session, as the gate sees it
 
 
 class World:

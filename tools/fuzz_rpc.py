@@ -13,14 +13,17 @@ must be taken; every reply must be one of the protocol's, in cells, with canonic
     --atheris          the parsers, guided by coverage (pip install atheris)
 
 Without --case all named cases come first, then random ones until --count messages or --seconds;
---random leaves the named ones out. The same seed gives the same cases. A case that fails is made smaller, shown, and with --save written to
-a file. An enclave that hurries strangers (--rate of tools/enclave.py) is fuzzed faster.
+--random leaves the named ones out. The same seed gives the same cases. A case that fails is made
+smaller, shown, and with --save written to a file. An enclave whose meter leaves strangers some room
+(--rate of tools/enclave.py) is fuzzed faster.
 
 --json FILE ("-": standard output) writes {"tool": "fuzz_rpc", "version": 1, "mode", "target",
 "seed", "messages": all, "by_kind": {kind of message: number}, "replies", "seconds",
 "messages_per_second", "cases": {name: episodes}, "memory": {"first", "last", "bound"} in bytes of
-the resident set or null, "findings": [{"verdict", "text", "case", "actions", "file"}]}. A verdict
-is one of: crash, hang, growth, reply, accepted, refused.
+the resident set or null, with --atheris "coverage" (places in the code), "findings": [{"verdict",
+"text", "case", "actions", "file"}]}. A verdict is crash, hang, growth, reply (one that is not in
+the protocol), accepted (what has to be refused) or refused (what has to be taken, or with another
+code).
 
 Exit status: 0 nothing found; 1 something found; 2 it could not run; 130 interrupted.
 """
@@ -35,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import fuzz_cases as cases
 import fuzz_gate as gate
@@ -80,15 +84,16 @@ def shrink(actions, fails, seconds=SHRINK_SECONDS, runs=SHRINK_RUNS):
     actions = minimum(actions, still, is_over)
     for at, action in enumerate(actions):
         if "data" in action and not is_over():
-
-            def with_data(data, at=at, action=action):
-                changed = action | {"data": gate.as_data(bytes(data))}
-                return [*actions[:at], changed, *actions[at + 1 :]]
-
             data = [*gate.data_of(action)]
-            data = minimum(data, lambda fewer: still(with_data(fewer)), is_over)
-            actions = with_data(data)
+            data = minimum(data, lambda b, n=at, all=actions: still(with_data(all, n, b)), is_over)
+            actions = with_data(actions, at, data)
     return actions
+
+
+def with_data(actions, at, data):
+    """Actions, one of them with other data: a list of bytes."""
+    changed = actions[at] | {"data": gate.as_data(bytes(data))}
+    return [*actions[:at], changed, *actions[at + 1 :]]
 
 
 def minimum(items, fails, is_over=lambda: False):
@@ -285,12 +290,22 @@ def run_atheris(flags):
     }
 
 
+def functions(*modules):
+    """The functions and methods that modules define."""
+    for module in modules:
+        ours = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+        held = [value for kind in ours if isinstance(kind, type) for value in vars(kind).values()]
+        yield from (value for value in [*ours, *held] if isinstance(value, types.FunctionType))
+
+
 def atheris_child(folder, *arguments):
     """What runs under libFuzzer; its counts and its finding are left in the folder."""
     import atheris
 
     names = [name for name in arguments if name in targets.TARGETS] or list(targets.TARGETS)
     options = [name for name in arguments if name not in targets.TARGETS]
+    limits = [int(word.partition("=")[2]) for word in options if word.startswith("-runs=")]
+    limit = limits[0] if limits else 0
     folder, counts, chance = pathlib.Path(folder), dict.fromkeys(names, 0), random.Random(SEED)
     seeds = folder / "seeds"
     seeds.mkdir()
@@ -302,21 +317,19 @@ def atheris_child(folder, *arguments):
     def test(data):
         name = names[(data[0] if data else 0) % len(names)]
         counts[name] += 1
-        if sum(counts.values()) % 1000 == 0:
+        if (number := sum(counts.values())) % 1000 == 0 or number == limit:
             (folder / "counts.json").write_text(json.dumps(counts))
         if found := targets.TARGETS[name].check(data[1:]):
             action = {"do": "parse", "target": name, "data": gate.as_data(data[1:])}
             told = {"verdict": found.verdict, "text": found.text, "case": f"parser-{name}"}
             told |= {"actions": [action], "file": None}
+            (folder / "counts.json").write_text(json.dumps(counts))
             (folder / "finding.json").write_text(json.dumps(told))
             raise AssertionError(found.text)
 
     (folder / "counts.json").write_text(json.dumps(counts))
-    for module in (mp, muproxy, targets.eventlog, targets.me):
-        for name, value in vars(module).items():
-            if callable(value) and getattr(value, "__module__", "") == module.__name__:
-                with contextlib.suppress(Exception):  # what has no code of its own
-                    setattr(module, name, atheris.instrument_func(value))
+    for function in functions(mp, muproxy, targets.eventlog, targets.me):
+        atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], *options, str(seeds)], test)
     atheris.Fuzz()
 
@@ -364,7 +377,8 @@ def run(flags):
         try:
             if flags.replay:
                 mode = "replay"
-                replay(work, flags.replay)
+                for path in flags.replay:
+                    replay(work, path)
             else:
                 known = [name for name in cases.STREAMS if not stand.is_live or name == "sessions"]
                 named = () if flags.random else cases.CASES
@@ -379,12 +393,11 @@ def run(flags):
 
 
 def replay(work, path):
-    """Play a saved case once. Raises ToolError."""
+    """Play a saved case once, on an enclave of its own if that can be had. Raises ToolError."""
     actions = read_case(path)["actions"]
-    if found := work.player.play(actions):
+    work.cases[path.stem] = 1
+    if found := work.again(actions):
         work.findings.append((found, path.stem, actions))
-    elif actions and actions[0]["do"] != "parse":
-        work.look()
 
 
 def read_case(path):
@@ -441,11 +454,15 @@ def make_parser():
     what.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this; repeatable")
     parser.add_argument("--random", action="store_true", help="only random cases, no named ones")
-    parser.add_argument("--replay", type=pathlib.Path, metavar="FILE", help="a saved case")
+    parser.add_argument(
+        "--replay", type=pathlib.Path, nargs="+", metavar="FILE", help="saved cases"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help=f"({SEED})")
     parser.add_argument("--count", type=whole, help=f"messages ({COUNT:,} without --seconds)")
     parser.add_argument("--seconds", type=float)
-    parser.add_argument("--patience", type=float, help="seconds that an answer, or an end, may take")
+    parser.add_argument(
+        "--patience", type=float, help="seconds that an answer, or an end, may take"
+    )
     parser.add_argument("--shrink", type=float, default=SHRINK_SECONDS, metavar="SECONDS")
     parser.add_argument("--findings", type=whole, default=1, help="end after so many (1)")
     parser.add_argument("--save", type=pathlib.Path, metavar="DIR", help="where cases go that fail")
@@ -471,6 +488,11 @@ def main(argv=None):
         for name in flags.case or ():
             if name not in cases.CASES and name not in cases.STREAMS:
                 raise ToolError(f"no such case: {name}; --list names them")
+        if (
+            flags.json not in (None, "-")
+            and not pathlib.Path(flags.json).absolute().parent.is_dir()
+        ):
+            raise ToolError(f"--json: there is no folder for {flags.json}")
         report = run(flags)
         text = json.dumps(report, indent=1, sort_keys=False)
         if flags.json not in (None, "-"):

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import hashlib
 import json
-import select
 import socket
 import struct
 import types
@@ -569,7 +568,7 @@ def make_pipe(chance):
     return data
 
 
-# ---------------------------------------------------------------- a hostile enclave, seen by the proxy
+# ------------------------------------------------------------ a hostile enclave, as the proxy sees it
 # Data: records as above, which the proxy gets as the answer to a request.
 
 READY = {"vocabulary": "", "asset": "demo", "model": "00" * 32}
