@@ -568,7 +568,7 @@ def make_pipe(chance):
     return data
 
 
-# ------------------------------------------------------------ a hostile enclave, as the proxy sees it
+# ------------------------------------------------------- a hostile enclave, as the proxy sees it
 # Data: records as above, which the proxy gets as the answer to a request.
 
 READY = {"vocabulary": "", "asset": "demo", "model": "00" * 32}
