@@ -34,7 +34,8 @@ mkdir /mnt/upper /mnt/work /mnt/root
 mount -t overlay -o "lowerdir=$1,upperdir=/mnt/upper,workdir=/mnt/work" none /mnt/root
 mount -t proc proc /mnt/root/proc
 mount --rbind /dev /mnt/root/dev
-mount --bind "$2" /mnt/root/srv/model
+cp -r "$2/." /mnt/root/srv/model
+chmod -R a+rX /mnt/root/srv/model
 shift 2
 exec chroot /mnt/root env -i PATH=/usr/sbin:/usr/bin HOME=/root LC_ALL=C.UTF-8 "$@"
 """
@@ -146,9 +147,13 @@ class Lists(unittest.TestCase):
             taken = pathlib.Path(folder, "taken", "root")
             taken.mkdir(parents=True)
             (taken / "mine").write_text("")
+            file = pathlib.Path(folder, "file")
+            file.write_text("")
             nowhere = {"PATH": "/nowhere", "HOME": folder}
             cases = (
                 (("--output", pathlib.Path(folder, "new")), {"env": nowhere}, 1, "mmdebstrap"),
+                (("--output", taken.parent), {}, 1, "not of this tool"),
+                (("--output", file), {}, 1, "File exists"),
                 ((), {}, 2, "--output"),
             )
             for arguments, options, status, word in cases:
@@ -318,7 +323,7 @@ class Service(unittest.TestCase):
         self.assertEqual((info["model"], info["dtype"]), ("model", "bfloat16"))
         self.assertEqual(self.told["models"], ["model"])
 
-    def test_a_lost_reader_ends_its_answer(self):
+    def test_a_lost_reader_does_not_stop_it(self):
         self.assertEqual(self.told["after"][0], 200, self.told["after"][1])
 
     def test_wrong_requests(self):

@@ -165,21 +165,24 @@ def write_facts(folder):
 # ---------------------------------------------------------------- output
 
 
-def put(folder, output):
-    """Have a copy of what was built in the output folder, if it is not there already. ToolError.
+def check(output):
+    """Have the output folder; a `root` in it that is not of this tool is left alone. ToolError."""
+    output.mkdir(parents=True, exist_ok=True)
+    root = output / "root"
+    if root.exists() and not (output / "packages.json").exists():
+        raise ToolError(f"{root} is there already, and not of this tool: name another folder")
 
-    A folder `root` that is not of this tool is left alone.
-    """
+
+def put(folder, output):
+    """Have a copy of what was built in the output folder, if it is not there already. ToolError."""
+    check(output)
     facts, root = output / "packages.json", output / "root"
     wanted = (folder / "packages.json").read_text("utf-8")
     if root.exists():
-        if not facts.exists():
-            raise ToolError(f"{root} is there already, and not of this tool: name another folder")
         if facts.read_text("utf-8") == wanted:
             return
-        facts.unlink()
         run("rm", "-r", "--one-file-system", root, failure=f"can't remove the old {root}")
-    output.mkdir(parents=True, exist_ok=True)
+        facts.unlink()
     with tempfile.TemporaryDirectory(dir=output) as place:
         copy = ["cp", "--archive", "--reflink=auto", folder / "root", place]
         run(*copy, failure=f"can't write {root}")
@@ -215,6 +218,7 @@ def main(argv=None):
             clean()
         if flags.clean:
             return 0
+        check(flags.output)
         prepare()
         folder = build()
         put(folder, flags.output)
