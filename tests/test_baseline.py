@@ -240,9 +240,14 @@ class Service(unittest.TestCase):
     """All its services, started as its container starts them, and asked by their clients."""
 
     @classmethod
-    def setUpClass(cls):
+    def build(cls):
+        """The root file system that is run."""
         baseline.prepare()
-        root = baseline.build() / "root"
+        return baseline.build() / "root"
+
+    @classmethod
+    def setUpClass(cls):
+        root = cls.build()
         start = "ip link set lo up && exec /opt/inference/start.sh"
         cls.lines, cls.news = [], threading.Condition()
         cls.process = enter(root, support.demo_model(), "sh", "-c", start)

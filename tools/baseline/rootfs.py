@@ -148,17 +148,19 @@ def bootstrap(stage, root):
     run(*unpack, failure="can't unpack the root file system")
 
 
-def write_facts(folder):
-    """Write packages.json of the root in a folder."""
-    root = folder / "root"
+def read_packages(root):
+    """The versions of what is installed in a root: {"debian", "python"}, dicts. ToolError."""
     query = ["dpkg-query", f"--admindir={root / 'var/lib/dpkg'}", "--show"]
     told = rootfs.run(*query, "--showformat=${Package} ${Version}\n", failure="no dpkg database")
-    debian = dict(line.split() for line in told.splitlines())
     found = importlib.metadata.distributions(path=[str(root / SITE)])
     python = {distribution.name: distribution.version for distribution in found}
+    return {"debian": dict(line.split() for line in told.splitlines()), "python": python}
+
+
+def write_facts(folder):
+    """Write packages.json of the root in a folder."""
     facts = {"tool": "baseline", "version": 1, "suite": SUITE, "input": cache_name()}
-    facts |= {"debian": debian, "python": python}
-    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(facts | read_packages(folder / "root"), indent=2, sort_keys=True) + "\n"
     (folder / "packages.json").write_text(text, "utf-8")
 
 
