@@ -159,12 +159,13 @@ class Store:
         self.case.addClassCleanup(self, "rm", container)
         return container
 
-    def run(self, container, user, *command, rights="none"):
-        """Output of a command in a container that has the project, as the compose files have it."""
-        flags = ["--isolation", "chroot", "--user", user, "--cap-drop", "all"]
-        flags += ["--cap-add", rights] if rights != "none" else []
+    def run(self, container, user, *command, right="CAP_DAC_READ_SEARCH"):
+        """Output of a command with one right in a container that has the project, read-only."""
         volume = ("--volume", f"{support.ROOT}:/muenclave:ro")
-        return self("run", *flags, *volume, container, "--", *command)
+        flags = ("--isolation", "chroot", "--user", user, "--cap-add", right, *volume)
+        only = f"-all,+{right.removeprefix('CAP_').lower()}"  # --cap-drop all takes this one too
+        drop = ("setpriv", f"--bounding-set={only}") if user == "root" else ()
+        return self("run", *flags, container, "--", *drop, *command)
 
 
 @unittest.skipIf(os.geteuid(), "this is not root")
@@ -192,9 +193,9 @@ class Tools(unittest.TestCase):
         command = ("tools.sh", "all", "planted=/planted", "--json", "-")
         with self.assertRaises(AssertionError):
             self.store.run(self.container, "1000", *command)
-        told = json.loads(
-            self.store.run(self.container, "root", *command, rights="DAC_READ_SEARCH")
-        )
+        with self.assertRaises(AssertionError):
+            self.store.run(self.container, "root", *command, right="CAP_CHOWN")
+        told = json.loads(self.store.run(self.container, "root", *command))
         self.assertEqual(told["tool"], "attack_surface")
         (target,) = told["targets"]
         self.assertEqual(target["metrics"]["setuid"]["count"], 1)
