@@ -3,16 +3,16 @@
 # inference server does.
 set -eu
 
-as() {
+become() {
     user=$1
     shift
-    setpriv --reuid="$user" --regid="$user" --clear-groups "$@"
+    exec setpriv --reuid="$user" --regid="$user" --clear-groups "$@"
 }
 
 ssh-keygen -A
 install -d -m 755 /run/sshd
 /usr/sbin/sshd
 nginx
-as prometheus prometheus-node-exporter &
+become prometheus prometheus-node-exporter &
 cd /opt/inference
-as inference venv/bin/uvicorn server:app --port 8000
+become inference venv/bin/uvicorn server:app --port 8000
