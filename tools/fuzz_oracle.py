@@ -59,7 +59,10 @@ FORMS = {
     "error": f"error one {' '.join(CODES)}; limit? int 0 {BIG}",
     "usage": f"prompt_tokens int 0 {BIG}; completion_tokens int 0 {BIG}; total_tokens int 0 {BIG}",
     "final": f"elapsed_ms int 0 {BIG}; finish_reason one stop length cancelled; usage form usage;"
-    f"budget_left int 0 {BIG}; restarts int 0 {BIG}; completion? text 0 {MESSAGE_LIMIT}",
+    f"budget_left int 0 {BIG}; restarts int 0 {BIG}; completion? text 0 {MESSAGE_LIMIT};"
+    "head hex 32",
+    "closing": f"lease hex 16; spent int 0 {BIG}; head hex 32; mac hex 32",
+    "closed": "closing form closing",
     "file": f"path name; offset int 0 {BIG}; size int 0 {BIG}",
     "header": f"version int 1 1; asset name; model_type name; chunk_size int 4096 {1 << 26};"
     f"chunks int 1 {1 << 40}; length int 1 {1 << 50}; salt hex 32; commitment hex 32;"
@@ -488,7 +491,7 @@ class Peer:
             self.due.append(kind)
             return
         form, command = parse(body, "status", "lock", "revoke")
-        self.due.append(("ready",))
+        self.due.append(("closed",) if form == "lock" and self.world.is_ready else ("ready",))
         if form == "revoke" and command["revoke"] in self.world.users:
             self.world.users.discard(command["revoke"])
             self.has_changed = True
@@ -539,7 +542,7 @@ class Peer:
                     raise Refused(f"packed ids are not canonical: {body.hex()}") from None
             return
         try:
-            form, reply = parse(body, "error", "progress", "ready", "logged", "final")
+            form, reply = parse(body, "error", "progress", "ready", "closed", "logged", "final")
         except Refused as error:
             raise Refused(f"{error.code} in a reply: {body[:200]!r}") from None
         if form == "error" and reply["error"] == self.ending():

@@ -542,7 +542,8 @@ def check_pipe(data):
 
 def new_reply(slot):
     """A reply as Gate.open_reply makes it."""
-    reply = types.SimpleNamespace(slot=slot, ids=collections.deque(), due=0, latency=0)
+    lease = {"policy": {"latency_ms": 0}}
+    reply = types.SimpleNamespace(slot=slot, ids=collections.deque(), due=0, lease=lease)
     reply.limit, reply.ending, reply.error, reply.prompt_tokens = LIMIT, None, None, 0
     return reply
 
