@@ -7,7 +7,7 @@
 --json FILE (- for standard output) writes {"tool": "exfil_timing", "version": 1, "verb": ...}; and
 
     analyze: "assumptions": {column: text}, "enclaves", "audit": {"residue", "source"},
-             "example": {"bytes", "rate", "seconds", "compressed": {"16": seconds, ...}},
+             "seed": {"bytes", "rate", "seconds", "compressed": {"16": seconds, ...}},
              "models": [{"name", "bytes", "source", "budget": bytes, "times": [{"rate",
              "compression", "bytes", "raw", "enclaves", "audited": seconds; "budget": {"seconds",
              "share", "is_enough"}}]}]: seconds until all of it is out, or until the budget is
@@ -72,7 +72,7 @@ PARAMETERS = {"3B": 3e9, "8B": 8e9, "70B": 70e9, "405B": 405e9, "1T": 1e12}
 MODELS = {name: int(count) * BFLOAT16 for name, count in PARAMETERS.items()}  # bytes
 NOMINAL = "as many parameters as its name says, 2 bytes each (bfloat16)"
 COMPRESSIONS = (1, 16, 100)
-EXAMPLE = {"bytes": 6 * 10**9, "rate": 5000}  # "6 GB at 5 KB/s"
+SEED = {"bytes": 6 * 10**9, "rate": 5000}  # "6 GB at 5 KB/s"
 BUDGET_DIVISOR = 1000  # of the sealed size: an asset's lifetime budget unless its owner says more
 RESIDUE = 0.005
 RESIDUE_SOURCE = "arXiv 2511.02620, abstract: under 0.5 % on a 30B mixture of experts; not ours"
@@ -124,14 +124,14 @@ def analyze(models, rates, compressions, enclaves, residue, budget=None):
         facts = {"name": name, "bytes": size, "source": source, "budget": granted}
         found.append(facts | {"times": times})
     source = RESIDUE_SOURCE if residue == RESIDUE else "given" if residue else "no residue given"
-    smaller = {str(c): EXAMPLE["bytes"] / c / EXAMPLE["rate"] for c in COMPRESSIONS[1:]}
-    example = EXAMPLE | {"seconds": EXAMPLE["bytes"] / EXAMPLE["rate"], "compressed": smaller}
+    smaller = {str(c): SEED["bytes"] / c / SEED["rate"] for c in COMPRESSIONS[1:]}
+    seed = SEED | {"seconds": SEED["bytes"] / SEED["rate"], "compressed": smaller}
     return {
         **header("analyze"),
         "assumptions": ASSUMPTIONS,
         "enclaves": enclaves,
         "audit": {"residue": residue, "source": source},
-        "example": example,
+        "seed": seed,
         "models": found,
     }
 
@@ -175,24 +175,17 @@ def show_analysis(figures):
     for name, text in figures["assumptions"].items():
         print(f"{name}: {text}")
     print(f"audit: {figures['audit']['source']}")
-    example = figures["example"]
-    several = (f"{factor}x: {show_time(time)}" for factor, time in example["compressed"].items())
-    print(f"6 GB at 5 KB/s: {show_time(example['seconds'])}; compressed {', '.join(several)}")
+    seed = figures["seed"]
+    several = (f"{factor}x: {show_time(time)}" for factor, time in seed["compressed"].items())
+    print(f"6 GB at 5 KB/s: {show_time(seed['seconds'])}; compressed {', '.join(several)}")
 
 
 def row_titles(figures, strongest):
     """The table's first row."""
     factors = {entry["compression"]: None for entry in figures["models"][0]["times"]}
     titles = ["raw" if factor == 1 else f"{factor:g}x" for factor in factors]
-    several = f"{strongest:g}x, {figures['enclaves']} enclaves"
-    return [
-        "model",
-        "bytes",
-        *titles,
-        several,
-        f"{strongest:g}x, audited",
-        f"{strongest:g}x, budget",
-    ]
+    best = [f"{strongest:g}x, {figures['enclaves']} enclaves", f"{strongest:g}x, audited"]
+    return ["model", "bytes", *titles, *best, f"{strongest:g}x, within the budget"]
 
 
 def row_of(model, rate, strongest):
@@ -200,9 +193,7 @@ def row_of(model, rate, strongest):
     times = {entry["compression"]: entry for entry in model["times"] if entry["rate"] == rate}
     best, budget = times[strongest], times[strongest]["budget"]
     audited = best["audited"]
-    ends = (
-        f"never: it ends at {model['budget']:,} bytes, {budget['share']:.2%} of the smallest copy"
-    )
+    ends = f"never: it ends at {model['budget']:,} bytes, {budget['share']:.2%} of that copy"
     return [
         model["name"],
         f"{model['bytes']:,}",
