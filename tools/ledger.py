@@ -388,8 +388,9 @@ class Ledger:
     def close(self, statement):
         """Record an enclave's closing statement, once a lease. Returns the grant and the event.
 
-        statement: as mp.CLOSING. What was not spent is given back only if the evidence excludes
-        that the enclave was forked: a fork spends the same lease once more.
+        statement: as mp.CLOSING; `spent` counts all leases since the enclave was locked, so an
+        earlier one only lessens what comes back. What was not spent is given back only if the
+        evidence excludes that the enclave was forked: a fork spends the same lease once more.
         """
         with self.transaction():
             grant = self.grants.get(statement["lease"])

@@ -210,8 +210,9 @@ def record(options, ready, statement):
         book.check(ready)
         if statement is not None:
             grant, event = book.close(statement)
-            text = f"{event['spent']:,} of {grant['bytes']:,} bytes spent"
-            print(f"lease {event['lease']} closed: {text}, {event['returned']:,} given back")
+            text = f"{event['spent']:,} bytes spent since the enclave was locked"
+            text += f", {event['returned']:,} of {grant['bytes']:,} given back"
+            print(f"lease {event['lease']} closed: {text}")
         print_left(book, ready["asset"])
 
 
