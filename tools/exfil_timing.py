@@ -55,6 +55,7 @@ import time
 import urllib.error
 import urllib.request
 
+import owner
 import tap
 from environment import ROOT, ToolError
 
@@ -616,7 +617,7 @@ def run_measure(flags):
             raise ToolError("answers need both --token-file and --vocabulary")
         if not flags.token_file and not flags.key:
             raise ToolError("nothing to ask for: --token-file and --vocabulary, --key, or both")
-        flags.unlock = muproxy.read_owner(flags) if flags.key else None
+        flags.unlock = owner.read_owner(flags) if flags.key else None
         figures = measure_enclave(flags)
     target = "proxy" if flags.proxy else "enclave"
     write({**header("measure"), "target": target, **figures}, flags.json, show_measure)
@@ -669,7 +670,7 @@ def add_measure(verbs):
     text = "measure this proxy, URL of its HTTP API, which must reach the enclave by --listen"
     verb.add_argument("--proxy", metavar="URL", help=text)
     verb.add_argument("--listen", help="where the counting relay listens for the proxy", **address)
-    files = {name: muproxy.FLAGS[name][0] for name in FILES}
+    files = {name: owner.FLAGS[name][0] for name in FILES}
     for name, text in FILES.items():
         verb.add_argument(f"--{name}", type=files[name], metavar="FILE", help=text)
     verb.add_argument("--owner-psk", type=muproxy.read_secret, metavar="FILE", help="the owner's")

@@ -44,6 +44,7 @@ import fuzz_cases as cases
 import fuzz_gate as gate
 import fuzz_oracle as oracle
 import fuzz_targets as targets
+import owner
 from environment import ToolError
 from fuzz_targets import Finding
 
@@ -345,7 +346,7 @@ def make_stand(flags):
     psk = {
         role: secret for role, secret in (("user", flags.psk), ("owner", flags.owner_psk)) if secret
     }
-    key = muproxy.read_key_file(flags.key, lambda: "")[1] if flags.key else None
+    key = owner.read_key_file(flags.key, lambda: "")[1] if flags.key else None
     table = flags.vocabulary.table if flags.vocabulary else None
     return gate.Live((host, port), psk, flags.token_file, key, table, flags.pid)
 
