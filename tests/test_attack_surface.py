@@ -80,7 +80,7 @@ TRUE = {  # of the tree that make_tree makes
     "capabilities": int(os.geteuid() == 0),
     "world_writable": 2,
     "services": 3,
-    "files": 32,
+    "files": 35,
     "modules": 6,
     "top_level_modules": 4,
     "python_lines": 6,
@@ -143,8 +143,14 @@ def make_tree(root):
     for name in ("ssh.service", "masked.service", "data.mount"):
         (system / "multi-user.target.wants" / name).symlink_to(f"/lib/systemd/system/{name}")
     (system / "masked.service").symlink_to("/dev/null")
+    units = root / "usr/lib/systemd/system"
+    write(units / "ssh.service", "[Service]\n")
+    (units / "sshd.service").symlink_to("ssh.service")
+    (units / "clock.service").symlink_to("/dev/null")
+    for name in ("sockets.target.wants/ssh.socket", "initrd.target.wants/early.service"):
+        write(units / name, "[Unit]\n")
     (root / "etc/rc3.d").mkdir()
-    for name in ("S01ssh", "S02cron", "K01off"):
+    for name in ("S01sshd", "S02cron", "S03clock", "K01off"):
         (root / "etc/rc3.d" / name).symlink_to(f"../init.d/{name[3:]}")
     write(root / "etc/inittab", INITTAB)
     links = {"bin": "usr/bin", "usr/bin/sh": "dash", "usr/bin/python3": "python3.11"}
@@ -233,8 +239,9 @@ def layer(*entries):
         for entry in entries:
             name, facts = (entry, {}) if isinstance(entry, str) else entry
             kind = {"type": tarfile.DIRTYPE} if name.endswith("/") else {}
-            data = b"" if kind or "type" in facts else name.encode()
-            add(archive, name.rstrip("/"), data, **(kind | facts))
+            data = b"" if kind or "type" in facts else facts.get("data", name.encode())
+            more = {field: value for field, value in facts.items() if field != "data"}
+            add(archive, name.rstrip("/"), data, **(kind | more))
     return file.getvalue()
 
 
@@ -433,6 +440,14 @@ class Layers(Folder):
 
     def test_an_opaque_root(self):
         self.assertEqual(self.paths(layer("a/", "a/x", "b"), layer(".wh..wh..opq", "c")), {"c"})
+
+    def test_folders_that_are_not_named(self):
+        link = ("bin", {"type": tarfile.SYMTYPE, "linkname": "/usr/bin"})
+        shells = [(name, {"data": f"#!{name}".encode()}) for name in ("usr/bin/dash", "bin/zsh")]
+        layers = [layer(link, *shells), layer("bin/.wh.gone", "bin/new")]
+        self.assertEqual(self.paths(*layers), {"usr/bin/dash", "bin", "usr/bin/zsh", "usr/bin/new"})
+        found = names(self.folder / "image.tar", "shells")
+        self.assertEqual(found, ["usr/bin/dash", "usr/bin/zsh"])
 
     def test_names_that_lead_out(self):
         self.assertEqual(self.paths(layer("../a", "/b", "./c")), {"a", "b", "c"})
@@ -830,6 +845,18 @@ class CommandLine(Folder):
             write(program, "#!/bin/sh\necho 'FATAL no database' >&2; exit 1\n", 0o755)
             found = attack_surface.vulnerabilities(target, "bill")
             self.assertEqual(found, {"not_measured": "trivy: FATAL no database"})
+
+    def test_bandit(self):
+        root = self.folder / "project"
+        for name in loc.PRODUCT:
+            write(root / name, "import hashlib\n")
+        write(root / "tools/x.py", "import subprocess\nsubprocess.call('ls *', shell=True)\n")
+        write(root / "muproxy.py", "import hashlib\nhashlib.md5(b'')\n")
+        with unittest.mock.patch.object(attack_surface, "ROOT", root):
+            found = attack_surface.bandit()
+        self.assertEqual(
+            [found[name].get("count") for name in attack_surface.OWN_SECURITY], [1, 0, 3]
+        )
 
     def test_mistakes_are_one_line(self):
         write(self.folder / "text", "nothing that anyone knows")

@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 
+import trees
 from environment import ToolError
 from trees import FILE, FOLDER, LINK
 
@@ -33,7 +34,6 @@ PT_DYNAMIC, PT_INTERP = 2, 3
 LONGEST_DYNAMIC = 1 << 20  # bytes of that section; real ones have a few hundred
 DT_SONAME, DT_FLAGS_1, DF_1_PIE = 14, 0x6FFFFFFB, 0x08000000
 APPLETS = b"\0[\0[[\0"  # how the table of names in a busybox begins
-LINKS = 40  # that Linux follows in one path
 COMPRESSION = ("zstd", "-3", "-T1", "-q", "-c")
 DPKG = r"var/lib/dpkg/(status|status\.d/[^/]+)"
 DATABASES = {  # of packages: where they lie
@@ -42,7 +42,8 @@ DATABASES = {  # of packages: where they lie
     "apk": r"(usr/)?lib/apk/db/installed",
 }
 UNREAD = r"(var/lib|usr/lib/sysimage)/rpm/.+|var/lib/pacman/local/.+"
-UNITS = r"(?:etc|run|(?:usr/)?lib)/systemd/system/[^/]+\.(?:wants|requires)/([^/]+)"
+UNIT_FOLDERS = [f"{folder}/systemd/system" for folder in ("etc", "run", "usr/lib", "lib")]
+UNITS = rf"(?:{'|'.join(UNIT_FOLDERS)})/(?!initrd)[^/]+\.(?:wants|requires)/([^/]+)"
 SERVICE = r".+\.(service|socket|timer)"
 INIT_SCRIPT = r"etc/(?:rc[S2-5]\.d/|init\.d/)S\d\d(.+)|etc/runlevels/(?:sysinit|boot|default)/(.+)"
 LIBRARY_FOLDER = r"(?:.*/)?(?:site-packages|dist-packages|lib-dynload|lib(?:64)?/python\d[\d.]*)"
@@ -96,28 +97,7 @@ class Files:
 
     def resolve(self, path):
         """The path of the regular file that a path leads to, its first name; None without one."""
-        parts, place, followed = path.split("/")[::-1], "", 0
-        while parts:
-            part = parts.pop()
-            if part in ("", "."):
-                continue
-            if part == "..":
-                place = posixpath.dirname(place)
-                continue
-            here = posixpath.join(place, part)
-            entry = self.tree.get(here)
-            if entry is None:
-                return None
-            if entry.kind == LINK:
-                followed += 1
-                if followed > LINKS:
-                    return None
-                if entry.target.startswith("/"):
-                    place = ""
-                parts += entry.target.split("/")[::-1]
-            else:
-                place = here
-        entry = self.tree.get(place)
+        entry = self.tree.get(trees.resolve(self.tree, path))
         return self.first[entry.node] if entry is not None and entry.kind == FILE else None
 
     def matching(self, pattern):
@@ -388,29 +368,37 @@ def is_below(path, folders):
 
 
 def services(files):
-    """What is started at boot: systemd's wanted units that are not masked, init scripts, inittab.
+    """What is started at boot: systemd's wanted units, init scripts, inittab; by their names.
 
-    A service that is there as a unit and as a script is one.
+    A service that is there as a unit, as its socket or timer, and as a script is one. Not counted
+    are masked units, and what is for an initrd.
     """
     found = set()
     for path, entry in files.tree.items():
         unit, script = re.fullmatch(UNITS, path), re.fullmatch(INIT_SCRIPT, path)
-        if unit and re.fullmatch(SERVICE, unit[1]) and not is_masked(files, unit[1]):
-            found.add(unit[1].removesuffix(".service"))
+        if unit and re.fullmatch(SERVICE, unit[1]):
+            found.add(unit_name(files, unit[1]))
         elif script and entry.kind in (FILE, LINK):
-            found.add((script[1] or script[2]).removesuffix(".sh"))
+            name = (script[1] or script[2]).removesuffix(".sh")
+            found.add(unit_name(files, f"{name}.service"))
     place = files.resolve("etc/inittab")
     for row in files.text(place).splitlines() if place is not None else ():
         fields = row.strip().split(":", 3)
         if len(fields) == 4 and not row.strip().startswith("#") and fields[2] != "initdefault":
             found.add(f"inittab: {fields[3].strip()}")
-    return measured(found)
+    return measured(found - {None})
 
 
-def is_masked(files, unit):
-    """Whether an administrator has switched a unit off for good."""
-    entry = files.tree.get(f"etc/systemd/system/{unit}")
-    return entry is not None and entry.kind == LINK and entry.target == "/dev/null"
+def unit_name(files, name):
+    """What systemd calls a unit of this name, without its kind; None if it is masked."""
+    for folder in UNIT_FOLDERS:
+        place = trees.resolve(files.tree, f"{folder}/{name}")
+        if place == "dev/null":
+            return None
+        if place in files.tree:
+            name = posixpath.basename(place)
+            break
+    return name.rpartition(".")[0]
 
 
 def listening_ports(process="self"):

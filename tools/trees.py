@@ -47,6 +47,7 @@ CPIO_HEADER = 110  # bytes
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"  # OCI image specification, layer.md
 LAYOUT, SAVED = {"oci-layout", "index.json"}, "manifest.json"  # what tells an image
 TRANSPORTS = ("docker://", "docker-daemon:", "containers-storage:", "oci:", "oci-archive:")
+LINKS = 40  # that Linux follows in one path
 HEAD = 1 << 10  # bytes that tell what a file is
 TAKEN = "a directory, a squashfs, a cpio or tar archive, a kernel with an initramfs, the archive"
 TAKEN += " or name of a container's image, HOST:PORT, or a list of packages"
@@ -83,6 +84,37 @@ def read_file(what, path, stack):
     if head[257:262] == b"ustar":
         return read_tar(what, path, stack)
     raise ToolError(f"{what} is nothing that can be looked into: name {TAKEN}")
+
+
+def resolve(tree, path):
+    """The path that a path of a tree leads to, whether or not it is there; None if it never ends.
+
+    Folders that an archive does not name are folders all the same.
+    """
+    parts, place, followed = path.split("/")[::-1], "", 0
+    while parts:
+        part = parts.pop()
+        if part == "..":
+            place = posixpath.dirname(place)
+        elif part not in ("", "."):
+            here = posixpath.join(place, part)
+            entry = tree.get(here)
+            if entry is None or entry.kind != LINK:
+                place = here
+                continue
+            followed += 1
+            if followed > LINKS:
+                return None
+            if entry.target.startswith("/"):
+                place = ""
+            parts += entry.target.split("/")[::-1]
+    return place
+
+
+def unpacked(tree, path):
+    """Where a path of an archive would be unpacked in a tree: through the links to its folder."""
+    folder, base = posixpath.split(normal(path))
+    return posixpath.join(resolve(tree, folder) or folder, base) if folder else base
 
 
 def find_program(name):
@@ -257,7 +289,7 @@ def add_layer(what, tree, path, stack):
     archive = open_tar(what, path, stack)
     found = [(normal(member.name), member) for member in members(what, archive)]
     for name, _ in found:  # they hide what is below, wherever in the layer they stand
-        folder, base = posixpath.split(name)
+        folder, base = posixpath.split(unpacked(tree, name))
         if base == OPAQUE:
             remove(tree, folder, itself=False)
         elif base.startswith(WHITEOUT):
@@ -265,9 +297,10 @@ def add_layer(what, tree, path, stack):
     for name, member in found:
         if not name or posixpath.basename(name).startswith(WHITEOUT):
             continue
+        name = unpacked(tree, name)
         entry = tar_entry(archive, member)
         if member.islnk():
-            entry = tree.get(normal(member.linkname))
+            entry = tree.get(unpacked(tree, member.linkname))
             if entry is None:
                 raise ToolError(f"{what}: {name} links to {member.linkname}, which is missing")
         if entry.kind != FOLDER:
@@ -492,16 +525,17 @@ def add_archive(what, tree, data, at):
             raise ToolError(f"{what}: the cpio archive ends too early")
         if name == "TRAILER!!!":
             return at
-        if not normal(name):
+        name = unpacked(tree, name)
+        if not name:
             continue
         node = (start, major, minor, inode) if links > 1 else (start, begin)
         entry = cpio_entry(mode, node, data[begin : begin + size])
         if links > 1 and entry.kind == FILE:
             names = linked.setdefault(node, [])
-            names.append(normal(name))
+            names.append(name)
             entry = entry if size else tree.get(names[0], entry)  # one of them has the content
             tree |= dict.fromkeys(names, entry)
-        tree[normal(name)] = entry
+        tree[name] = entry
 
 
 def cpio_entry(mode, node, content):
