@@ -289,6 +289,13 @@ class Counting(unittest.TestCase):
         half = [event for number, event in enumerate(metered(5120, 16384, 900)) if number % 2]
         self.assertEqual(tap.judge(half, 5120, 16384)["verdict"], "not decided")
 
+    def test_a_leak_that_is_half_used_is_not_passed(self):
+        """A gate too busy to let out more than 102 % of its rate: the burst hides that a while."""
+        events = metered(5222, mp.CELL, 100)
+        found = tap.decide(events, 5120, 16384)
+        self.assertGreater(found["pace"], 2 - tap.SATURATED)
+        self.assertEqual(found["verdict"], "not decided")
+
     def test_what_kernels_hold_is_allowed_once(self):
         events = at((0, 0.01, 30000), (10, 10.01, 1000))
         self.assertEqual(tap.judge(events, 100, 20000)["verdict"], "exceeds")
@@ -440,16 +447,15 @@ class Entropy(unittest.TestCase):
         self.assertAlmostEqual(bound["fill"], 50 * math.log2(389))
 
 
-def patched(name, *changes):
-    """A folder with the product's modules, one of them changed: (old text, new text), each once."""
+def patched(*changes):
+    """A folder with the product's modules, changed: (name, old text, new text), each once."""
     place = pathlib.Path(tempfile.mkdtemp(dir=folder))
     for module in ("muprotocol.py", "muenclave.py", "muproxy.py"):
         shutil.copy(support.ROOT / module, place)
-    text = (place / name).read_text("utf-8")
-    for old, new in changes:
+    for name, old, new in changes:
+        text = (place / name).read_text("utf-8")
         assert text.count(old) == 1, f"{name} has changed: {old!r}"
-        text = text.replace(old, new)
-    (place / name).write_text(text, "utf-8")
+        (place / name).write_text(text.replace(old, new), "utf-8")
     return place
 
 
@@ -530,40 +536,29 @@ class Mistakes(Mistake):
         self.assertMistake(done, "Address already in use")
 
 
-class MeterOfAnEnclave(unittest.TestCase):
+class BrokenMeter(unittest.TestCase):
     """A locked enclave, asked by strangers for handshakes and by its owner for its status."""
 
-    RATE, BURST = 49152, 16384
-
-    def verdict(self, code=support.ROOT, reference=None):
-        flags = ("--rate", str(self.RATE), "--burst", str(self.BURST))
-        with support.Enclave(site, *flags, code=code) as enclave:
-            done, found = measure(enclave, *flags, *files(OWNER), reference=reference)
-        self.assertIsInstance(found, dict, found)
-        return done.returncode, found
-
-    def test_right(self):
-        status, found = self.verdict()
-        self.assertEqual((status, found["verdict"]), (0, "holds"), found)
-        self.assertLessEqual(found["burst_seen"], self.BURST)
-        self.assertGreater(found["use"], tap.SATURATED)
-        self.assertEqual((found["tool"], found["target"]), ("exfil_timing", "enclave"))
-        self.assertEqual([window["seconds"] for window in found["windows"]][:2], [0.1, 1])
-        for window in found["windows"]:
-            self.assertLessEqual(window["bytes"], window["allowed"])
+    RATE, BURST = 24576, 16384
 
     def test_leaks_5_percent(self):
-        """The same enclave, but that every byte costs 95 hundredths."""
+        """Every byte costs 95 hundredths, in credit and in time."""
         old = "        if count * NANOSECOND > self._credit:\n"
-        code = patched("muprotocol.py", (old, f"        count = count * 95 // 100\n{old}"))
-        status, found = self.verdict(code, reference_of(code))
-        self.assertEqual((status, found["verdict"]), (1, "exceeds"), found)
+        credit = ("muprotocol.py", old, f"        count = count * 95 // 100\n{old}")
+        old = "self.cell_time = mp.CELL * mp.NANOSECOND // (rate - share)"
+        code = patched(credit, ("muenclave.py", old, f"{old} * 95 // 100"))
+        flags = ("--rate", str(self.RATE), "--burst", str(self.BURST))
+        with support.Enclave(site, *flags, code=code) as enclave:
+            reference = reference_of(code)
+            done, found = measure(enclave, *flags, *files(OWNER), reference=reference)
+        self.assertIsInstance(found, dict, found)
+        self.assertEqual((done.returncode, found["verdict"]), (1, "exceeds"), found)
 
 
 class Answers(unittest.TestCase):
     """An enclave with its engine and the demo model, and proxies before it."""
 
-    RATE, BURST = 49152, 16384
+    RATE, BURST = 24576, 16384
     PROXY_RATE = 8192
 
     @classmethod
@@ -577,8 +572,13 @@ class Answers(unittest.TestCase):
         done, found = measure(self.enclave, *flags, *files(OWNER + USER))
         self.assertIsInstance(found, dict, found)
         self.assertEqual((done.returncode, found["verdict"]), (0, "holds"), found)
+        self.assertEqual((found["tool"], found["target"]), ("exfil_timing", "enclave"))
         self.assertLessEqual(found["burst_seen"], self.BURST)
+        self.assertGreater(found["use"], tap.SATURATED)
         self.assertEqual(sum(found["trace"]["bytes"]), found["bytes"])
+        self.assertEqual([window["seconds"] for window in found["windows"]][:3], [0.1, 1, 10])
+        for window in found["windows"]:
+            self.assertLessEqual(window["bytes"], window["allowed"])
         probe = found["probe"]
         self.assertEqual(list(probe["lengths"]), [str(mp.CELL)])
         self.assertEqual(probe["length_bits_per_cell"], 0)
@@ -611,13 +611,17 @@ class Answers(unittest.TestCase):
 
     def test_a_proxy_that_throttles_only_its_printing(self):
         """It takes an answer as fast as it comes, and then meters what it prints."""
-        free = ("while not self.meter.take(count, self._clock.monotonic_ns()):", "while False:")
+        free = (
+            "muproxy.py",
+            "while not self.meter.take(count, self._clock.monotonic_ns()):",
+            "while False:",
+        )
         old = '            first = next(pieces, "")\n'
-        ahead = (old, f"            pieces = iter(list(pieces))\n{old}")
+        ahead = ("muproxy.py", old, f"            pieces = iter(list(pieces))\n{old}")
         old = '        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\\n\\n")\n'
         line = "        while not self.server.inlet.meter.take(512, time.monotonic_ns()):\n"
-        slow = (old, f"{line}            time.sleep(0.01)\n{old}")
-        status, found = self.measure_proxy(patched("muproxy.py", free, ahead, slow), LIMIT)
+        slow = ("muproxy.py", old, f"{line}            time.sleep(0.01)\n{old}")
+        status, found = self.measure_proxy(patched(free, ahead, slow), LIMIT)
         self.assertEqual((status, found["verdict"]), (1, "exceeds"), found)
 
 

@@ -16,7 +16,8 @@
     measure: "target": "enclave" or "proxy", "verdict": "holds", "exceeds" or "not decided", "rate",
              "burst": as stated, "held": bytes that kernels may hold before a proxy takes them,
              "seconds", "bytes": of the run, "use": share of the rate that the reader got, in the
-             last "saturated_seconds", "burst_seen": the most beyond the rate in any window,
+             last "saturated_seconds", "pace": that in their last half, burst and all,
+             "burst_seen": the most beyond the rate in any window,
              "least_leak": share of the bytes that a meter could not have forgotten unnoticed,
              "needed_seconds": to find out one that forgets 5 %, "windows": [{"seconds", "bytes",
              "allowed"}], "trace": {"step": seconds, "bytes": [...]}, "problem": of a reader, text
@@ -310,7 +311,7 @@ def save(plt, chart, path):
 LONG = {"temperature": 10, "seed": 1}  # all but noise: an answer's end is not in sight
 PROMPT = "The"
 FREE = 1 << 40  # bytes a second, and at once: no meter on the reader's side
-STRANGERS, OWNERS = 3, 4
+STRANGERS, OWNERS = 3, 8
 PASSING = ("busy", "timeout", "connection_lost", "engine_lost")
 RETRY_SECONDS = 0.2
 HTTP_SECONDS = 120
@@ -336,7 +337,7 @@ class Load:
             except (OSError, EOFError, http.client.HTTPException) as error:
                 self.last = getattr(error, "strerror", None) or str(error)
             except (mp.ProtocolError, muproxy.Failure, ToolError) as error:
-                self.last = str(error)
+                self.last = muproxy.text_of(error)
                 if getattr(error, "code", None) not in PASSING and not self.over.is_set():
                     self.failure = self.failure or self.last
                     self.over.set()
@@ -541,8 +542,9 @@ def show_measure(figures):
         print(f"; a meter that forgets {figures['least_leak']:.1%} would have been found out")
     elif figures["verdict"] == "not decided":
         print(f": the reader got {figures['use']:.1%} of the rate, for ", end="")
-        print(f"{figures['saturated_seconds']:.0f} s; {tap.SATURATED:.0%} is wanted, for ", end="")
-        print(f"{figures['needed_seconds']:.0f} s: more --sessions, or a longer --limit")
+        print(f"{figures['saturated_seconds']:.0f} s, at last {figures['pace']:.1%}; ", end="")
+        print(f"{tap.SATURATED:.0%} is wanted, for {figures['needed_seconds']:.0f} s: ", end="")
+        print("more --sessions, or a longer --limit")
         print(f"the readers' last trouble: {figures['problem'] or 'none'}")
     else:
         print()
@@ -699,7 +701,7 @@ def main(argv=None):
         flags = make_parser().parse_args(argv)
         return flags.run(flags)
     except (ToolError, muproxy.Failure, mp.ProtocolError) as error:
-        text = str(error)
+        text = muproxy.text_of(error)
     except OSError as error:
         text = f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
     except (OverflowError, UnicodeError) as error:  # of an address

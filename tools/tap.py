@@ -78,6 +78,22 @@ def saturation(events, rate, over):
     return (seconds, use) if seconds else (0.0, max(0.0, whole))
 
 
+def pace(events, rate, seconds):
+    """bytes / (rate x T) of the last half of a window of so many seconds: no burst is left in it.
+
+    More than 1 for long is a leak, though what passed may still be within the burst that is
+    allowed.
+    """
+    total, found = 0, 0.0
+    for event in reversed(events):
+        length = (events[-1].before - event.after) / mp.NANOSECOND
+        if length > seconds / 2:
+            break
+        total += event.count
+        found = total / (rate * length) if length else 0.0
+    return found
+
+
 def least_leak(seconds, use, rate, allowed):
     """The least share of the bytes that a meter may forget and be found out for certain.
 
@@ -101,14 +117,17 @@ def needed_seconds(rate, allowed):
 def decide(events, rate, allowed):
     """The verdict on a run, and what it rests on, by the names of the module's docstring.
 
-    exceeds: in some window more passed for certain than rate x T + allowed. holds: it did not, and
-    a LEAK would have been found out. not decided: neither; the run was too short, or too slow.
+    exceeds: in some window more passed for certain than rate x T + allowed. holds: it did not, a
+    LEAK would have been found out by who can take so much more than the rate, and the pace shows
+    none. not decided: neither; the run was too short, or too slow.
     """
     over = most_over(events, rate)
     seconds, use = saturation(events, rate, over)
     leak = least_leak(seconds, use, rate, allowed)
-    verdict = "exceeds" if over > allowed else "holds" if leak <= LEAK else "not decided"
-    figures = {"verdict": verdict, "use": use, "saturated_seconds": seconds}
+    last = pace(events, rate, seconds)
+    holds = leak <= LEAK and SATURATED <= last <= 2 - SATURATED
+    verdict = "exceeds" if over > allowed else "holds" if holds else "not decided"
+    figures = {"verdict": verdict, "use": use, "saturated_seconds": seconds, "pace": last}
     return figures | {"burst_seen": over, "least_leak": leak}
 
 
