@@ -16,7 +16,7 @@ import unittest
 
 GUESTS = (
     "image",
-    "kernel_lines",
+    "comparison",
     "vm",
     "tampering",
     "serving",

@@ -707,7 +707,7 @@ class Ports(unittest.TestCase):
 
 
 class Kernels(Folder):
-    """Options of kernels, and lines; what is compiled is in tests.test_kernel_lines."""
+    """Options of kernels, and lines; what is compiled is in tests.test_comparison."""
 
     def test_options(self):
         rules = hardening.read_record()["options"]

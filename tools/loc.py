@@ -6,6 +6,7 @@ tools/attack_surface.py and tests/test_project.py.
 """
 
 import ast
+import functools
 import io
 import json
 import os
@@ -142,15 +143,13 @@ def cloc_lines(paths):
         return {"not_measured": "cloc failed"}
 
 
-def tree_sources(source):
-    """All .c and .S files of a kernel's source."""
-    walked = os.walk(source)
-    return [
-        os.path.join(folder, name)
-        for folder, _, names in walked
-        for name in names
-        if name.endswith((".c", ".S"))
-    ]
+@functools.lru_cache
+def tree_lines(source):
+    """The lines of all .c and .S files of a kernel's source."""
+    paths = []
+    for folder, _, names in os.walk(source):
+        paths += [os.path.join(folder, name) for name in names if name.endswith((".c", ".S"))]
+    return all_lines(paths)
 
 
 def kernel_lines(source, config):
@@ -162,5 +161,5 @@ def kernel_lines(source, config):
         "kernel_files": {"count": len(paths), "how": how},
         "kernel_lines": {"count": all_lines(paths), "how": how},
         "kernel_code_lines": cloc_lines(paths),
-        "kernel_tree_lines": {"count": all_lines(tree_sources(source)), "how": whole},
+        "kernel_tree_lines": {"count": tree_lines(source), "how": whole},
     }

@@ -1,4 +1,4 @@
-"""tools/loc.py and tools/trees.py against a kernel that was really compiled."""
+"""The kernel and the image that were really built: their lines, their files, their comparison."""
 
 import contextlib
 import hashlib
@@ -6,11 +6,12 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 import unittest
 
-from tests import guest, support
+from tests import guest, support, test_attack_surface
 
 sys.path.insert(0, str(support.TOOLS))
 
@@ -19,6 +20,7 @@ import kernel  # noqa: E402
 import loc  # noqa: E402
 import trees  # noqa: E402
 
+MISSING = [*guest.MISSING, *test_attack_surface.MISSING]
 # What a build compiles beside the files that Kbuild's makefiles name as the kernel's objects: what
 # starts it, what it gives to processes, what runs on the machine that builds, what it generates.
 BESIDE = ("arch/x86/boot/", "arch/x86/realmode/rm/", "arch/x86/entry/vdso/", "arch/x86/tools/")
@@ -84,6 +86,62 @@ class Program(unittest.TestCase):
                 mode = f"{kinds[entry.kind] | entry.mode:o}"
                 found.append([path, mode, hashlib.sha256(data).hexdigest()])
         self.assertEqual(sorted(found), manifest["files"])
+
+
+@unittest.skipIf(MISSING, f"not installed: {' '.join(MISSING)}")
+class Comparison(unittest.TestCase):
+    """`attack_surface.py compare`, from what is cached."""
+
+    @classmethod
+    def setUpClass(cls):
+        with tempfile.TemporaryDirectory() as folder:
+            out = pathlib.Path(folder, "out.json")
+            flags = ["compare", "--baseline", pathlib.Path(folder, "baseline"), "--json", out]
+            command = [sys.executable, "-B", support.TOOLS / "attack_surface.py", *flags]
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            cls.told = done.stderr
+            cls.document = json.loads(out.read_text()) if done.returncode == 0 else None
+
+    def setUp(self):
+        self.assertIsNotNone(self.document, self.told)
+        rows = self.document["targets"] + self.document["kernels"]
+        self.enclave, self.baseline, self.kernel, self.debian = (row["metrics"] for row in rows)
+
+    def test_the_enclave_has_none_of(self):
+        names = "package_managers shells setuid capabilities world_writable services applets"
+        for metric in (*names.split(), "other_elf"):
+            self.assertEqual(self.enclave[metric]["count"], 0, metric)
+
+    def test_the_baseline_has(self):
+        services = set(self.baseline["services"]["names"])
+        self.assertLessEqual({"ssh", "nginx", "inference", "prometheus-node-exporter"}, services)
+        self.assertLessEqual({"usr/bin/bash"}, set(self.baseline["shells"]["names"]))
+        self.assertLessEqual({"usr/bin/apt"}, set(self.baseline["package_managers"]["names"]))
+
+    def test_less_of(self):
+        for metric in ("packages", "executables", "libraries", "bytes", "modules", "components"):
+            counts = [target[metric]["count"] for target in (self.enclave, self.baseline)]
+            self.assertLess(*counts, metric)
+
+    def test_both_run_the_same_torch(self):
+        for target in (self.enclave, self.baseline):
+            found = [name for name in target["distributions"]["names"] if name[:6] == "torch "]
+            self.assertEqual(len(found), 1, found)
+            self.assertEqual(found[0].partition("+")[0], "torch 2.13.0")
+
+    def test_kernels(self):
+        for metric in (
+            "options_built_in",
+            "options_as_modules",
+            "kernel_lines",
+            "kernel_code_lines",
+        ):
+            self.assertLess(self.kernel[metric]["count"], self.debian[metric]["count"], metric)
+        self.assertGreater(
+            self.kernel["options_held"]["count"], self.debian["options_held"]["count"]
+        )
+        named, built = (self.kernel[f"kernel_{kind}lines"]["count"] for kind in ("", "compiled_"))
+        self.assertTrue(0.95 * built < named < built)
 
 
 if __name__ == "__main__":
