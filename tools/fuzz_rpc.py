@@ -12,10 +12,11 @@ must be taken; every reply must be one of the protocol's, in cells, with canonic
     --replay FILE      a case that was saved, against one of these
     --atheris          the parsers, guided by coverage (pip install atheris)
 
-Without --case all named cases come first, then random ones until --count messages or --seconds;
---random leaves the named ones out. The same seed gives the same cases. A case that fails is made
-smaller, shown, and with --save written to a file. An enclave whose meter leaves strangers some room
-(--rate of tools/enclave.py) is fuzzed faster.
+Without --case all named cases come first, then random ones until there were --count messages in all,
+or --seconds; --random leaves the named ones out. The same seed gives the same cases. A case that
+fails is made smaller, shown, and with --save written to a file. An enclave whose meter leaves
+strangers some room (--rate of tools/enclave.py) is fuzzed faster. Never fuzz an enclave that others
+use: it takes its places, and with an owner's secret and key it strikes users from the lease.
 
 --json FILE ("-": standard output) writes {"tool": "fuzz_rpc", "version": 1, "mode", "target",
 "seed", "messages": all, "by_kind": {kind of message: number}, "replies", "seconds",
@@ -235,25 +236,33 @@ class Run:
             "messages_per_second": round(number / seconds, 1),
             "cases": self.cases,
             "memory": self.memory,
-            "findings": [self.saved(number, *found) for number, found in enumerate(self.findings)],
+            "findings": [
+                saved(self.flags, number, told) for number, told in enumerate(self.told())
+            ],
         }
 
-    def saved(self, number, found, name, actions):
-        """A finding for the report; written to a file as well if that is wanted."""
-        told = {"verdict": found.verdict, "text": found.text, "case": name, "actions": actions}
-        path = None
-        if self.flags.save:
-            self.flags.save.mkdir(parents=True, exist_ok=True)
-            path = self.flags.save / f"{found.verdict}-{name}-{self.flags.seed}-{number}.json"
-            path.write_text(json.dumps({"tool": "fuzz_rpc", "version": VERSION} | told, indent=1))
-        return told | {"file": path and str(path)}
+    def told(self):
+        """The findings, as dicts."""
+        for found, name, actions in self.findings:
+            told = {"verdict": found.verdict, "text": found.text}
+            yield told | {"case": name.replace(" ", "-"), "actions": actions}
+
+
+def saved(flags, number, told):
+    """A finding as the report has it, with the file that it was written to if that is wanted."""
+    path = None
+    if flags.save:
+        path = flags.save / f"{told['verdict']}-{told['case']}-{flags.seed}-{number}.json"
+        text = json.dumps({"tool": "fuzz_rpc", "version": VERSION} | told, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+    return told | {"file": path and str(path)}
 
 
 # ---------------------------------------------------------------- coverage-guided
 
 
 def run_atheris(flags):
-    """The parsers under libFuzzer, in a process of its own, which ends as it likes. Exit status."""
+    """The document of the parsers under libFuzzer, in a process of its own. Raises ToolError."""
     if importlib.util.find_spec("atheris") is None:
         raise ToolError("--atheris needs the package: pip install atheris")
     with tempfile.TemporaryDirectory(prefix="muenclave-") as folder:
@@ -268,6 +277,7 @@ def run_atheris(flags):
         told = pathlib.Path(folder, "finding.json")
         counts = json.loads(pathlib.Path(folder, "counts.json").read_text())
         findings = [json.loads(told.read_text())] if told.exists() else []
+        findings = [saved(flags, number, told) for number, told in enumerate(findings)]
     if process.returncode and not findings:
         last = (process.stderr.strip().splitlines() or ["no output"])[-1]
         raise ToolError(f"atheris has ended with status {process.returncode}: {last}")
@@ -323,7 +333,7 @@ def atheris_child(folder, *arguments):
         if found := targets.TARGETS[name].check(data[1:]):
             action = {"do": "parse", "target": name, "data": gate.as_data(data[1:])}
             told = {"verdict": found.verdict, "text": found.text, "case": f"parser-{name}"}
-            told |= {"actions": [action], "file": None}
+            told |= {"actions": [action]}
             (folder / "counts.json").write_text(json.dumps(counts))
             (folder / "finding.json").write_text(json.dumps(told))
             raise AssertionError(found.text)
@@ -494,6 +504,8 @@ def main(argv=None):
             and not pathlib.Path(flags.json).absolute().parent.is_dir()
         ):
             raise ToolError(f"--json: there is no folder for {flags.json}")
+        if flags.save:
+            flags.save.mkdir(parents=True, exist_ok=True)
         report = run(flags)
         text = json.dumps(report, indent=1, sort_keys=False)
         if flags.json not in (None, "-"):
