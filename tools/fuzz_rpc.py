@@ -12,11 +12,11 @@ must be taken; every reply must be one of the protocol's, in cells, with canonic
     --replay FILE      a case that was saved, against one of these
     --atheris          the parsers, guided by coverage (pip install atheris)
 
-Without --case all named cases come first, then random ones until there were --count messages in all,
-or --seconds; --random leaves the named ones out. The same seed gives the same cases. A case that
-fails is made smaller, shown, and with --save written to a file. An enclave whose meter leaves
-strangers some room (--rate of tools/enclave.py) is fuzzed faster. Never fuzz an enclave that others
-use: it takes its places, and with an owner's secret and key it strikes users from the lease.
+Without --case all named cases come first, then random ones until there were --count messages, or
+--seconds have passed; --random leaves the named ones out. The same seed gives the same cases. A
+case that fails is made smaller, shown, and with --save written to a file. An enclave whose meter
+leaves strangers some room (--rate of tools/enclave.py) is fuzzed faster; one that others use should
+not be fuzzed, since it has places for so many only.
 
 --json FILE ("-": standard output) writes {"tool": "fuzz_rpc", "version": 1, "mode", "target",
 "seed", "messages": all, "by_kind": {kind of message: number}, "replies", "seconds",
