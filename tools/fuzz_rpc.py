@@ -371,7 +371,9 @@ def begin(stand, flags):
     except (OSError, gate.Lost, oracle.Refused) as error:
         raise ToolError(f"the enclave does not answer as one: {error}") from None
     except mp.ProtocolError as error:
-        raise ToolError(f"the enclave is not that of --reference: {error}") from None
+        raise ToolError(
+            f"the enclave is not that of --reference: {muproxy.text_of(error)}"
+        ) from None
 
 
 def run(flags):

@@ -250,7 +250,7 @@ class Ledger:
                 self.apply(mp.parse_message(text.encode(), *SCHEMAS))
             except (ValueError, mp.ProtocolError) as error:
                 self.forget()
-                text = f"{self.path}: row {number} was changed: {error}"
+                text = f"{self.path}: row {number} was changed: {muproxy.text_of(error)}"
                 raise Failure(f"{text}; restore the ledger as the README says", REFUSED) from None
             self.hashes.append(row_hash)
             last = row_hash
