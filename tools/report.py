@@ -420,6 +420,10 @@ def markdown(text):
 SECTIONS = {  # kind of document: what makes its part of the page
     "attack_surface compare": attack_surface,
     "exfil_timing analyze": exfiltration,
+    "exfil_timing measure enclave": meter,
+    "exfil_timing measure proxy": meter,
+    "fuzz_rpc in-process": fuzzing,
+    "fuzz_rpc live": fuzzing,
     "bench": boot,
 }
 
