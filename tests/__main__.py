@@ -24,6 +24,7 @@ GUESTS = (
     "quickstart",
 )  # that run guests
 MAY_SKIP = ("needs a GPU", "needs vsock", "needs KVM", "needs BUILDROOT_DIR")
+MAY_SKIP += ("needs MUENCLAVE_IMAGES",)  # builds of container images that take long
 
 
 class Result(unittest.TextTestResult):
