@@ -133,7 +133,7 @@ def make_tree(root):
     write(packages / "two/__pycache__/__init__.cpython-311.pyc", b"\0" * 16)
     write(packages / "two/deep.py", "\n\n")
     write(packages / "two/not-a-module.py", "\n")
-    write(packages / "one-1.0.dist-info/METADATA", "Name: One\nVersion: 1.0\n\nVersion: 2\n")
+    write(packages / "one-1.0.dist-info/METADATA", "Name: One_More\nVersion: 1.0\n\nVersion: 2\n")
     shared = ("-shared", "-nostdlib")
     compile_c(packages / "three.cpython-311-x86_64-linux-gnu.so", *shared, "-DINIT=PyInit_three")
     compile_c(packages / "four.so", *shared, "-DINIT=PyInit_four")
@@ -299,7 +299,7 @@ class Counters(Folder):
             "world_writable": ["etc/open.conf", "var/spool/drop"],
             "services": ["cron", "inittab: /sbin/getty 38400 tty1", "ssh"],
             "packages": ["one 1:1.0-1", "three 3~rc1+b1"],
-            "distributions": ["One 1.0"],
+            "distributions": ["one-more 1.0"],
         }
         for metric, listed in expected.items():
             self.assertEqual(names(self.root, metric), listed, metric)
@@ -359,6 +359,17 @@ class Counters(Folder):
         for metric in ("executables", "files", "bytes", "modules", "setuid"):
             self.assertEqual(facts[metric]["count"], 2 * self.found[metric], metric)
         self.assertEqual(facts["packages"]["count"], TRUE["packages"])  # the same two
+
+    def test_what_a_list_names_too_is_there_once(self):
+        path = self.folder / "reference.json"
+        kinds = {"debian": {"libc6": "2"}, "extras": {"one.more": "1.0", "other": "1"}}
+        path.write_text(json.dumps({"image": {"packages": kinds}}))
+        target = attack_surface.parse_target(f"{self.root}+{path}")
+        facts, found = attack_surface.measure_target(target, None)
+        self.assertEqual(facts["distributions"]["names"], ["one-more 1.0", "other 1"])
+        self.assertEqual(facts["packages"]["count"], TRUE["packages"] + 1)
+        bill = json.loads(sbom.document("a", found))
+        self.assertEqual(facts["components"]["count"], len(bill["components"]))
 
 
 class Damaged(Folder):
@@ -618,7 +629,7 @@ class Bills(unittest.TestCase):
 
     def test_valid_and_the_same_each_time(self):
         found = [surface.Package("dpkg", "libstdc++6", "1:12+b1", "amd64", "debian")]
-        found += [surface.Package("pypi", "Foo_Bar", "1.0", "", "")]
+        found += [surface.package("pypi", "Foo_Bar", "1.0")]
         found += [surface.Package("buildroot", "x", "", "", ""), found[0]]
         text = sbom.document("a", found)
         self.assertIsNone(faults(text))

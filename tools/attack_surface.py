@@ -235,7 +235,7 @@ def read_list(path):
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
         wanted = "reference.json of an image, manifest.csv or packages-file-list.txt of Buildroot"
         raise ToolError(f"{path} is no list of packages: {wanted} is") from None
-    return [surface.Package(*row) for row in rows]
+    return [surface.package(*row) for row in rows]
 
 
 # ---------------------------------------------------------------- ports

@@ -16,8 +16,6 @@ SYSTEMS = {"dpkg": "debian", "apk": "alpine"}  # where a tree does not say what 
 def purl(package):
     """The package URL of a package (surface.Package)."""
     kind, name, version = package.kind, package.name, package.version
-    if kind == "pypi":
-        name = name.lower().replace("_", "-")
     system = package.system or SYSTEMS.get(kind, "")
     parts = [PURL_TYPES[kind], system if kind in SYSTEMS else "", name]
     url = "pkg:" + "/".join(quote(part, safe="") for part in parts if part)

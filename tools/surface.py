@@ -219,6 +219,13 @@ def rights(files):
 # ---------------------------------------------------------------- packages
 
 
+def package(kind, name, version, architecture="", system=""):
+    """A Package; names of Python's distributions that PEP 503 calls the same are the same."""
+    if kind == "pypi":
+        name = re.sub(r"[-_.]+", "-", name).lower()
+    return Package(kind, name, version, architecture, system)
+
+
 def packages(files):
     """The packages that databases in a tree name as installed, sorted. ToolError for one of a kind
     that is not read."""
@@ -230,7 +237,7 @@ def packages(files):
         for path in files.matching(pattern):
             text = files.text(path)
             rows = apk_rows(text) if kind == "apk" else control_rows(text)
-            found |= {Package(kind, *row, system) for row in rows}
+            found |= {package(kind, *row, system) for row in rows}
     return sorted(found)
 
 
@@ -279,9 +286,12 @@ def distributions(files):
             head = files.text(path).partition("\n\n")[0]
             fields = dict(re.findall(r"^(Name|Version): *(.*?)\r?$", head, re.MULTILINE))
             name, _, version = stem.partition("-")
-            named = fields.get("Name", name), fields.get("Version", version.partition("-")[0])
-            found[folder, stem] = Package("pypi", *named, "", "")
-    return sorted(found.values())
+            name, version = (
+                fields.get("Name", name),
+                fields.get("Version", version.partition("-")[0]),
+            )
+            found[folder, stem] = package("pypi", name, version)
+    return sorted(set(found.values()))
 
 
 def modules(files):
