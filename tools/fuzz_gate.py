@@ -154,7 +154,7 @@ class Local:
         listener.setblocking(False)
         self.world = oracle.World(self.values["MODEL"], self.values["KEY"])
         self.sequence = SEQUENCE_START
-        self.welcome = threading.Thread(target=self.serve, args=(listener, control), daemon=True)
+        self.welcome = threading.Thread(target=self.serve, args=(listener,), daemon=True)
         self.welcome.start()
         if is_ready:
             with contextlib.closing(Connection(self, 0)) as owner:
@@ -162,9 +162,9 @@ class Local:
                 owner.say(self.fill(UNLOCK.encode()))
                 owner.read()
 
-    def serve(self, listener, control):
+    def serve(self, listener):
         """What gate_main does between its files and its end."""
-        with control, listener:
+        with listener:
             me.welcome(self.gate, listener)
 
     def stop(self):
@@ -173,6 +173,7 @@ class Local:
             with contextlib.suppress(OSError):
                 self.gate.end_lease("draining")
             self.welcome.join(self.patience)
+            self.gate.control.close()
             self.gate = None
 
     def close(self):
