@@ -58,7 +58,7 @@ CHALLENGE = '{"version":1,"role":"%s","nonce":"@NONCE@","share":"@SHARE@","evide
 TOKENS = {"user": '{"token":"@TOKEN@"}', "owner": '{"key":"@KEY@","model":"@MODEL@"}'}
 LEASE = (
     '{"id":"@LEASE@","sequence":@SEQUENCE@,"rate":1000000000,"burst":1048576,'
-    '"budget":1125899906842624,"expiry":86400,"users":["@USER@"],'
+    '"budget":1099511627776,"expiry":86400,"users":["@USER@"],'
     '"policy":{"verified":false,"latency_ms":0}}'
 )
 UNLOCK = f'{{"key":"@KEY@","model":"@MODEL@","lease":{LEASE}}}'
