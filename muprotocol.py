@@ -896,7 +896,7 @@ class Account:
             raise ProtocolError("lease_refused")
         self._seen.add(lease["id"])
         self.lease, self._key = lease, key
-        self.bits += 8 * lease["budget"]
+        self.bits = min(self.bits + 8 * lease["budget"], 8 << 53)  # READY can say no more
         self.granted += 8 * lease["budget"]
         self.expires = now + lease["expiry"] * NANOSECOND
 
