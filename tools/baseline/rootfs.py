@@ -144,7 +144,7 @@ def bootstrap(stage, root):
     archive = stage / "root.tar"  # of a user namespace: a folder of it could not even be removed
     run(*command, "--mode=unshare", "--format=tar", SUITE, archive, failure=failure)
     root.mkdir()
-    unpack = ["tar", "-xf", archive, "-C", root, "--no-same-owner", "--exclude=./dev/*"]
+    unpack = ["tar", "-xpf", archive, "-C", root, "--no-same-owner", "--exclude=./dev/*"]
     run(*unpack, failure="can't unpack the root file system")
 
 
