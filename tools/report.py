@@ -484,6 +484,28 @@ def readme_exfiltration(documents):
     return rows_of(["model", "size", *heads, "within its lifetime budget"], rows)
 
 
+def readme_meters(documents):
+    """The verdicts of `exfil_timing.py measure`."""
+    rows = []
+    for target in ("enclave", "proxy"):
+        one = documents[f"exfil_timing measure {target}"]
+        beyond = f"{one['burst_seen']:,.0f} of {one['burst'] + one['held']:,}"
+        use, seconds = f"{one['use']:.1%}", f"{one['seconds']:.0f}"
+        rows.append([target, one["verdict"], one["rate"], seconds, one["bytes"], use, beyond])
+    head = ["meter", "verdict", "bytes a second", "seconds", "bytes", "of the rate"]
+    return rows_of([*head, "most beyond the rate in any window"], rows)
+
+
+def readme_fuzzing(documents):
+    """How much `fuzz_rpc.py` has tried, and what it found."""
+    rows = []
+    for mode in ("in-process", "live"):
+        one = documents[f"fuzz_rpc {mode}"]
+        rows.append([mode, one["seed"], one["messages"], duration(one["seconds"])])
+        rows[-1] += [sum(one["cases"].values()), len(one["findings"])]
+    return rows_of(["mode", "seed", "messages", "time", "episodes", "findings"], rows)
+
+
 def readme_boot(documents):
     """The table of `bench.py boot`."""
     figures = documents["bench"]["boot"]
@@ -517,6 +539,8 @@ def readme_controls(_):
 TABLES = {  # mark in the README: what makes the text under it
     "comparison": readme_comparison,
     "exfiltration": readme_exfiltration,
+    "meters": readme_meters,
+    "fuzzing": readme_fuzzing,
     "controls": readme_controls,
     "boot": readme_boot,
 }

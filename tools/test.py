@@ -22,6 +22,15 @@ PROGRAMS = {  # that tests run: package
     "pesign": "pesign",
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
+    "sqfs2tar": "squashfs-tools-ng",
+    "skopeo": "skopeo",
+    "mmdebstrap": "mmdebstrap",
+    "busybox": "busybox",
+    "cloc": "cloc",
+    "lz4": "lz4",
+    "getcap": "libcap2-bin",
+    "unshare": "util-linux",
+    "buildah": "buildah",
 }
 PROGRAMS |= image.PROGRAMS | vm.PROGRAMS
 
