@@ -495,7 +495,7 @@ class Gate:
             key = bytes.fromhex(token["key"])
             if not self.container.is_key(key):
                 raise ProtocolError("wrong_key")
-            if "lease" not in token:
+            if "lease" not in token or self.code:  # a lease that comes too late is not taken
                 return
             self.account.add(token["lease"], time.monotonic_ns(), close_key)
             self.set_rate(token["lease"]["rate"], token["lease"]["burst"])

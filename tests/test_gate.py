@@ -621,6 +621,20 @@ class Closing(Case):
         self.assertGreater(closing["spent"], budget - left)
         self.assertLess(closing["spent"], budget)
 
+    def test_a_lease_that_comes_too_late_is_not_taken(self):
+        """A gate that has ended its lease, and is about to end, takes no key any more."""
+        settings = muenclave.DEFAULTS | {"MODEL_PATH": str(site.model)}
+        settings |= {"ENCLAVE_OWNER_PSK": str(site.owner_psk), "ENCLAVE_MEASUREMENT": "ab" * 32}
+        settings |= {"ENCLAVE_USER_PSK": str(site.user_psk)}
+        control, init = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with control, init, mock.patch.object(muenclave.Gate, "run_engine", lambda _: None):
+            gate = muenclave.Gate(settings, control)
+            gate.unlock(shared.unlock_token(), bytes(32))
+            self.assertEqual((gate.state, len(gate.key)), ("loading", 32))
+            gate.end_lease("lease_ended")
+            gate.unlock(shared.unlock_token(), bytes(32))
+        self.assertEqual((gate.state, gate.key, gate.account.lease), ("lease ended", None, None))
+
     def test_once(self):
         """Who locks what is locked is told that, and no statement."""
         if status()["lease"]:
