@@ -501,7 +501,7 @@ def readme_fuzzing(documents):
     rows = []
     for mode in ("in-process", "live"):
         one = documents[f"fuzz_rpc {mode}"]
-        rows.append([mode, one["seed"], one["messages"], duration(one["seconds"])])
+        rows.append([mode, str(one["seed"]), one["messages"], duration(one["seconds"])])
         rows[-1] += [sum(one["cases"].values()), len(one["findings"])]
     return rows_of(["mode", "seed", "messages", "time", "episodes", "findings"], rows)
 
