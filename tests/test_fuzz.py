@@ -25,7 +25,8 @@ import fuzz_rpc as fuzz  # noqa: E402
 import fuzz_targets as targets  # noqa: E402
 
 CORPUS = support.ROOT / "tests" / "corpus"
-TOOLS = [path.name for path in support.TOOLS.glob("fuzz_*.py")] + ["environment.py", "eventlog.py"]
+TOOLS = [path.name for path in support.TOOLS.glob("fuzz_*.py")]
+TOOLS += ["environment.py", "eventlog.py", "ledger.py", "owner.py"]
 SEED, BUDGET = 1, 20_000  # messages in which each planted bug has to be found
 CLEAN = 20_000  # messages in which nothing may be found, those of the named cases among them
 # What is planted: file, text, text in its place (each there once); then flags other than --random,
@@ -112,7 +113,7 @@ PLANTED = {
             )
         ],
         [],
-        {"accepted", "reply"},
+        {"accepted", "refused", "reply"},
     ),
     "token of the other role": (
         [
