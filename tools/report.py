@@ -502,8 +502,8 @@ def readme_fuzzing(documents):
     for mode in ("in-process", "live"):
         one = documents[f"fuzz_rpc {mode}"]
         rows.append([mode, str(one["seed"]), one["messages"], duration(one["seconds"])])
-        rows[-1] += [sum(one["cases"].values()), len(one["findings"])]
-    return rows_of(["mode", "seed", "messages", "time", "episodes", "findings"], rows)
+        rows[-1] += [one["replies"], sum(one["cases"].values()), len(one["findings"])]
+    return rows_of(["mode", "seed", "messages", "time", "replies", "episodes", "findings"], rows)
 
 
 def readme_boot(documents):
