@@ -875,7 +875,9 @@ class Interrupted(Folder):
             self.big(size)
             command = [sys.executable, "-B", support.TOOLS / "seal.py", self.model, self.sealed]
             command += ["--key", self.key, "--chunk-size", "4096"]
-            with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            # Not as nohup would have it, under which these tests may run.
+            hangup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+            with subprocess.Popen(command, stderr=subprocess.PIPE, **hangup) as process:
                 while process.poll() is None and not list(self.out.glob("m.mus.*.part")):
                     time.sleep(0.001)
                 process.send_signal(number)
