@@ -178,7 +178,7 @@ def confine(role, level):
 # s start loader and engine, k kill them, a start me afresh, r confined and running, l a line of
 # LOG by number (with the port, for the first); e, an error text, is heard only before r.
 
-LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended", "nearly spent")
+LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended")
 DRAIN_SECONDS = 60  # from SIGTERM to the end of running answers
 WITHHELD = {"gate": (), "loader": ("_PSK",), "engine": ("_PSK", "_PATH")}  # ends of names
 
@@ -508,8 +508,7 @@ class Gate:
         with self.lock:
             if bits > self.account.bits:
                 self.end_lease("lease_ended")
-            if self.account.charge(bits):
-                self.log("nearly spent")
+            self.account.charge(bits)
 
     def end_lease(self, code):
         """Kill the engine, drop the key; all sessions end, and the gate then starts afresh.

@@ -896,8 +896,9 @@ class Account:
             raise ProtocolError("lease_refused")
         self._seen.add(lease["id"])
         self.lease, self._key = lease, key
-        self.bits = min(self.bits + 8 * lease["budget"], 8 << 53)  # READY can say no more
-        self.granted += 8 * lease["budget"]
+        added = min(8 * lease["budget"], (8 << 53) - self.bits)  # READY can say no more
+        self.bits += added
+        self.granted += added
         self.expires = now + lease["expiry"] * NANOSECOND
 
     def user(self, token):
@@ -920,13 +921,10 @@ class Account:
         return request | NEUTRAL
 
     def charge(self, bits):
-        """Take bits before what they pay for leaves; whether nine tenths are now spent for the
-        first time. lease_ended: there are not so many left.
-        """
+        """Take bits before what they pay for leaves. lease_ended: there are not so many left."""
         if bits > self.bits:
             raise ProtocolError("lease_ended")
-        before, self.bits = self.bits, self.bits - bits
-        return 10 * self.bits <= self.granted < 10 * before
+        self.bits -= bits
 
     def close(self, head):
         """The statement that ends the leases, with the chain's head; None if there was none."""
