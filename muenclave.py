@@ -18,6 +18,7 @@ import collections
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import mmap
@@ -80,8 +81,8 @@ UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
 # Name, number on x86-64, who may call it (gate, loader, engine), and a condition: argument & mask
 # == value. clone makes threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN).
 # ioctl makes a socket non-blocking (FIONBIO), setsockopt sets SO_SNDTIMEO; fcntl seals and
-# duplicates, and sends no signals (F_SETSIG). No new mapping of gate and loader is executable;
-# torch compiles its CPU kernels at run time, so the engine's may be.
+# duplicates (1030, F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and
+# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be.
 SYSCALLS = """
 read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
 rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
@@ -91,7 +92,8 @@ exit_group 231 gle, set_robust_list 273 gle, getrandom 318 gle, rseq 334 gle, po
 ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, getsockname 51 g,
 preadv2 327 l, ftruncate 77 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
-ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400
+ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
+fcntl 72 e 1 0xFFFFFFFF 1030
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -99,9 +101,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 
 
 def libc():
     """The C library; its results are checked by `check`."""
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.restype = ctypes.c_void_p
-    return library
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def check(result, what):
@@ -264,11 +264,10 @@ def start_helpers(control, settings):
 def end(children, seconds=0):
     """Kill and reap; a gate that has closed its control socket ends by itself, in so many."""
     for child in children:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        child.kill()
+        child.wait()
 
 
 # ==== PID 1 of the guest
@@ -343,18 +342,13 @@ IDLE_SECONDS = 900
 LEAVE_SECONDS = 5  # for the last records before the gate ends
 PAUSE = 0.5  # seconds between two looks at whether the lease has ended
 SHORTEST_TICK = 20_000_000  # ns
+MISSED_TURNS = 3  # that sessions which woke up late may still take, as far as the burst goes
 ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 PIPE_READ = 64 << 10  # bytes taken from the engine at a time
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
 GONE = getattr(select, "POLLRDHUP", 0)  # a peer that has closed; a connection shut down
-STATES = {  # state: event -> next state
-    "locked": {"unlock": "loading", "end": "lease ended"},
-    "loading": {"loaded": "ready", "end": "lease ended"},
-    "ready": {"died": "loading", "end": "lease ended"},
-    "lease ended": {},
-}
 
 
 def read_header(path):
@@ -445,7 +439,7 @@ class Gate:
         self.facts = {"measurement": read_measurement(settings), "model": self.digest}
         self.facts["posture"] = {"confinement": settings["ENCLAVE_CONFINEMENT"], "debug": False}
         self.lock, self.pipe = threading.RLock(), threading.Lock()  # pipe: one message at a time
-        self.state, self.account, self.head = "locked", mp.Account(), bytes(32)
+        self.state, self.account = "locked", mp.Account()
         self.container = self.key = self.engine = self.vocabulary = self.closing = None
         self.progress = self.context = self.restarts = self.turn = 0
         self.is_draining, self.code = False, None  # code: why the lease ended
@@ -470,7 +464,8 @@ class Gate:
         """Sleep to a cell's turn: so many at a tick as the rate allows, in the order of asking."""
         with self.lock:
             now = time.monotonic_ns()
-            self.turn = max(self.turn + self.cell_time, now - now % self.tick)
+            first = (now // self.tick - MISSED_TURNS) * self.tick
+            self.turn = max(self.turn + self.cell_time, first)
             wait = -(-self.turn // self.tick) * self.tick - now
         time.sleep(max(0, wait) / mp.NANOSECOND)
 
@@ -478,12 +473,12 @@ class Gate:
         """Have init print a line of LOG."""
         self.control.send(b"l" + bytes([LOG.index(line)]) + number.to_bytes(2, "big"))
 
-    def enter(self, event):
-        """Follow STATES; False if the state does not know the event."""
-        if event not in STATES[self.state]:
+    def enter(self, state, before):
+        """Go from the state before to another one, and say so; False if it is not that."""
+        if self.state != before:
             return False
-        self.state = STATES[self.state][event]
-        self.log(self.state)
+        self.state = state
+        self.log(state)
         return True
 
     def unlock(self, token, close_key):
@@ -500,7 +495,7 @@ class Gate:
             self.account.add(token["lease"], time.monotonic_ns(), close_key)
             self.set_rate(token["lease"]["rate"], token["lease"]["burst"])
             self.key = key
-            if self.enter("unlock"):
+            if self.enter("loading", "locked"):
                 threading.Thread(target=self.run_engine, daemon=True).start()
 
     def charge(self, bits):
@@ -520,9 +515,9 @@ class Gate:
             if self.code is None:
                 for reply in list(self.open):
                     self.chain(reply, code)
-                self.closing = self.account.close(self.head)
+                self.closing = self.account.close()
                 self.code, self.key, self.account = code, None, mp.Account()
-                self.enter("end")
+                self.enter("lease ended", self.state)
                 self.control.send(b"k")
 
     def run_engine(self):
@@ -536,7 +531,7 @@ class Gate:
                     for reply in self.replies.values():
                         reply.error = reply.error or "engine_lost"
                     self.replies.clear()
-                    if self.enter("died"):
+                    if self.enter("loading", "ready"):
                         self.log("engine lost")
                         self.restarts += 1
         except ProtocolError as error:
@@ -568,7 +563,7 @@ class Gate:
             raise ProtocolError(mp.FAILURES[min(value, len(mp.FAILURES) - 1)])
         with self.lock:
             self.context = min(value, int(self.settings["ENCLAVE_CONTEXT"]))
-            self.enter("loaded")
+            self.enter("ready", "loading")
 
     def read_engine(self):
         """Take the engine's messages until it ends (OSError, EOFError) or must (see below)."""
@@ -582,7 +577,7 @@ class Gate:
     def take_message(self, kind, slot, value):
         """One message of the engine. KeyError or ProtocolError if it may not say that now."""
         reply = self.replies[slot]
-        if kind == mp.ID and value < len(self.vocabulary) and reply.limit > 0:
+        if kind == mp.ID and value < len(reply.table) and reply.limit > 0:
             reply.limit -= 1
             if not reply.ids:
                 reply.due = time.monotonic_ns() + reply.lease["policy"]["latency_ms"] * 10**6
@@ -616,18 +611,22 @@ class Gate:
             reply.limit = min(request.get("max_new_tokens", self.context), self.context)
             reply.ending, reply.error, reply.prompt_tokens = None, None, 0
             reply.lease, reply.request, reply.sent = self.account.lease, request, []
+            reply.table = self.vocabulary
+            if "score" in request:
+                reply.limit, reply.table = 2 * len(request["score"]["ids"]) + 2, mp.CODES
             self.replies[reply.slot] = reply
             self.open.append(reply)
         self.to_engine(reply, request | {"slot": reply.slot})
         return reply
 
     def chain(self, reply, ended):
-        """Add an exchange to the chain, once. Returns the chain's head, in hexadecimal."""
+        """Add an exchange to the chain, once. Returns the chain's heads before and after it."""
         with self.lock:
             if reply in self.open:
                 self.open.remove(reply)
-                self.head = mp.chain(self.head, reply.lease["id"], reply.request, reply.sent, ended)
-            return self.head.hex()
+                exchange = (reply.lease["id"], reply.request, reply.sent, ended)
+                reply.heads = self.account.chain(*exchange)
+            return reply.heads
 
     def cancel(self, reply):
         """End an answer early; what has not been sent by now never leaves."""
@@ -653,12 +652,10 @@ class Gate:
     def ready(self):
         """What a session is told at step 3, and an owner who asks for the status."""
         with self.lock:
-            lease = self.account.lease or {"id": "", "sequence": 0}
             facts = {name: self.container.fields[name] for name in ("asset", "vocabulary")}
             facts |= {"status": "ready" if self.state == "ready" else "locked"}
             facts |= {"model": self.digest, "context": self.context, "restarts": self.restarts}
-            facts |= {"lease": lease["id"], "sequence": lease["sequence"]}
-            return facts | {"budget_left": self.account.bits // 8}
+            return facts | self.account.facts()
 
 
 class Session:
@@ -666,7 +663,7 @@ class Session:
 
     def __init__(self, gate, connection):
         self.gate, self.connection, self.meter = gate, connection, gate.handshakes
-        self.role = self.user = self.sealer = self.opener = self.close_key = None
+        self.role = self.user = self.sealer = self.opener = self.close_key = self.heads = None
         self.is_known = False  # whether it has proved that it may be here
 
     def run(self):
@@ -719,10 +716,10 @@ class Session:
             self.write(cell)
 
     def refuse(self, error):
-        """Send an error, if there are keys yet: its code, and the limit that was passed."""
+        """Send an error, if there are keys yet: its code, the limit passed, what it ended."""
         if self.sealer is not None:
-            limit = {} if error.limit is None else {"limit": error.limit}
-            self.say({"error": error.code} | limit)
+            facts = {"error": error.code, "limit": error.limit, "heads": self.heads}
+            self.say({name: fact for name, fact in facts.items() if fact is not None})
 
     def handshake(self):
         """Steps 0 and 1: agree on keys, bind the transcript into evidence."""
@@ -791,9 +788,10 @@ class Session:
 
     def serve(self, body):
         """Step 4: a request, or an owner's command. A mistake may be mended by the next one."""
+        self.heads = None
         try:
             if self.role == "owner":
-                self.command(mp.parse_message(body, *mp.OWNER))
+                self.command(mp.parse_message(body, *mp.OWNER, *mp.SCORE))
             else:
                 self.answer(mp.parse_message(body, mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL))
         except ProtocolError as error:
@@ -802,7 +800,9 @@ class Session:
             self.refuse(error)
 
     def command(self, command):
-        """An owner's status, lock or revoke."""
+        """An owner's status, lock or revoke, or an answer to score."""
+        if "score" in command:
+            return self.answer(command)
         if "lock" in command:
             self.gate.end_lease("lease_ended")
             if self.gate.closing:
@@ -830,21 +830,22 @@ class Session:
                     mp.parse_message(self.read(FRAME_SECONDS), mp.CANCEL)
                     gate.cancel(reply)
                 ids = self.next_ids(reply)
-                text += cutter.feed(ids)
+                if is_text:
+                    text += cutter.feed(ids)
+                elif ids or reply.lease["policy"]["shape"] == "constant":
+                    self.say(reply.table.pack(ids), mp.IDS_RECORD)
                 if cutter.stopped:
                     gate.cancel(reply)
-                if ids and not is_text:
-                    self.say(gate.vocabulary.pack(ids), mp.IDS_RECORD)
         finally:
             gate.cancel(reply)
             ending = "stop" if cutter.stopped else reply.error or reply.ending
-            head = gate.chain(reply, ending)
+            self.heads = gate.chain(reply, ending)
         if reply.error:
             limit = gate.context if reply.error in mp.REFUSALS[1:] else None
             raise ProtocolError(reply.error, limit=limit)
         counts = (reply.prompt_tokens, len(reply.sent), reply.prompt_tokens + len(reply.sent))
         final = {"usage": dict(zip(mp.USAGE, counts, strict=True)), "restarts": gate.restarts}
-        final |= {"finish_reason": ending, "head": head}
+        final |= {"finish_reason": ending, "heads": self.heads}
         final |= {"elapsed_ms": ticks * gate.tick // 10**6, "budget_left": gate.account.bits // 8}
         if is_text:
             final["completion"] = text + cutter.feed([], last=True)
@@ -852,15 +853,13 @@ class Session:
 
     def next_ids(self, reply):
         """Ids for one cell, charged to the budget, if they fill it or have waited long enough."""
-        gate, bits = self.gate, self.gate.vocabulary.bits
-        room = mp.CELL_ROOM * 8 // bits
+        gate, room = self.gate, reply.table.room
         with gate.lock:
             is_due = reply.ending or reply.error or time.monotonic_ns() >= reply.due
             if not reply.ids or (len(reply.ids) < room and not is_due):
                 return []
             ids = [reply.ids.popleft() for _ in range(min(room, len(reply.ids)))]
-            # The engine chose the ids, and by its pace how many of them are in this cell.
-            gate.charge(8 * -(-len(ids) * bits // 8) + room.bit_length())
+            gate.charge(reply.table.cost(len(ids)))
             reply.sent += ids
             return ids
 
@@ -968,9 +967,8 @@ def unseal(disk, container, cipher, arena, gate):
             private = memoryview(bytearray(container.chunk_size + mp.TAG))
             for index in range(first, container.chunks, workers):
                 unseal_chunk(disk, container, cipher, index, private, view)
-                tenths, before = (n * 10 // container.chunks for n in (index, index - workers))
-                if first == 0 and tenths > before:
-                    gate.sendall(mp.frame(b"p" + bytes([tenths])))
+                if first == 0:
+                    gate.sendall(mp.frame(b"p" + bytes([index * 10 // container.chunks])))
 
         list(pool.map(work, range(workers)))
     start, size = container.files[mp.VOCABULARY_FILE]
@@ -995,7 +993,10 @@ def unseal_chunk(disk, container, cipher, index, private, arena):
 # Nothing below is trusted with anything but answers. It has the arena and its pipe to the gate.
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
+ENGINE_FILES = ("config.json", "model.json", "prompts.json")
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
+# Of a config: within these, all is attended to by its position.
+WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 WARM_CONFIG = """{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size":
     256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "pad_token_id": 0}"""
@@ -1014,9 +1015,9 @@ def engine_main(settings, gate, loader):
         confine("engine", level)
         with loader:
             files = map_arena(loader)
-        generation = read_json(files, "generation_config.json")
-        model = build_model(read_json(files, "config.json"), generation, read_state(files), device)
-        decoder = Decoder(model, Prompter(read_json(files, "prompts.json")), settings, gate)
+        fields, facts, prompts = (json.loads(bytes(files[name])) for name in ENGINE_FILES)
+        model = build_model(fields, read_state(files, facts["tensors"]), device)
+        decoder = Decoder(model, facts, Prompter(prompts), settings, gate)
     except EOFError:
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
@@ -1032,51 +1033,40 @@ def map_arena(loader):
     """Receive the sealed arena; map it copy-on-write. Returns {file name: memoryview}."""
     size, (descriptor,), _, _ = socket.recv_fds(loader, 4, 1)
     table = json.loads(mp.read_exactly(loader, int.from_bytes(size, "big")))
-    length, access = ctypes.c_size_t(table["length"]), mmap.PROT_READ | mmap.PROT_WRITE
-    address = libc().mmap(None, length, access, mmap.MAP_PRIVATE, descriptor, ctypes.c_size_t(0))
+    memory = mmap.mmap(descriptor, table["length"], mmap.MAP_PRIVATE)
+    memory.madvise(mmap.MADV_DONTDUMP)
     os.close(descriptor)
-    if address == ctypes.c_void_p(-1).value:
-        raise MemoryError("the arena can't be mapped")
-    libc().madvise(ctypes.c_void_p(address), length, mmap.MADV_DONTDUMP)
-    arena = memoryview((ctypes.c_ubyte * length.value).from_address(address)).cast("B")
+    arena = memoryview(memory)
     return {name: arena[start : start + size] for name, (start, size) in table["files"].items()}
 
 
 # -- the model
 
 
-def read_json(files, name):
-    """A JSON file of the model, {} if there is none."""
-    return json.loads(bytes(files[name])) if name in files else {}
-
-
-def read_state(files):
-    """{name: tensor}, views into the arena, of a model in one file or in shards. ValueError."""
+def read_state(files, tensors):
+    """{name: tensor}, views into the arena; tensors: as in model.json (tools/weights.py)."""
     import torch
     from transformers.modeling_utils import str_to_torch_dtype
 
     state = {}
-    for shard in sorted(name for name in files if name.endswith(".safetensors")):
-        for name, dtype, shape, start, size in mp.safetensors_entries(files[shard]):
-            if name in state:
-                raise ValueError("a tensor is in two shards")
-            dtype, data = str_to_torch_dtype[dtype], files[shard][start : start + size]
-            flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-            state[name] = flat.reshape(shape)
+    for name, dtype, shape, file, start, size in tensors:
+        dtype, data = str_to_torch_dtype[dtype], files[file][start : start + size]
+        flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+        state[name] = flat.reshape(shape)
     return state
 
 
-def build_model(fields, generation, state, device):
+def build_model(fields, state, device):
     """transformers' own class for the config, filled from memory; no path, no remote code.
 
-    fields, generation: config.json and generation_config.json; state: {name: tensor}.
+    fields: config.json. state: {name: tensor}.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     dtype = config.dtype or next(iter(state.values())).dtype
     options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": {"": device}}
-    options["generation_config"] = GenerationConfig.from_dict(generation)
+    options["generation_config"] = GenerationConfig()
     options |= {"local_files_only": True, "output_loading_info": True}
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
@@ -1093,8 +1083,9 @@ def warm_up(model_type, settings):
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    model = build_model(config.to_dict(), {}, tiny.state_dict(), settings["ENCLAVE_DEVICE"])
-    decoder = Decoder(model, Prompter(json.loads(WARM_PROMPTS)), settings, None)
+    model = build_model(config.to_dict(), tiny.state_dict(), settings["ENCLAVE_DEVICE"])
+    facts = {"context": None, "ends": [], "sampling": mp.NEUTRAL | {"temperature": 1}}
+    decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
     decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
     decoder.take({"prompt": "ab", "slot": 1, "seed": 2, "max_new_tokens": 3})
@@ -1119,6 +1110,9 @@ class Prompter:
         self.masks, self.names = fields["masks"], fields["names"]
         self.unmask = {ord(mask): text for text, mask in self.masks.items()}
         self.private = {*self.masks.values(), *self.names.values()}
+        self.pattern = re.compile(fields["pattern"])
+        self.ids, self.special = dict(fields["ids"]), set(fields["special"])
+        self.prefix, self.variables = fields["prefix"], fields["variables"]
         self.pattern = re.compile(fields["pattern"])
         self.ids, self.special = dict(fields["ids"]), set(fields["special"])
         self.prefix, self.variables = fields["prefix"], fields["variables"]
@@ -1183,23 +1177,16 @@ class SlotCache:
 class Decoder:
     """A batch with a row for each stream; requests join and leave it between two tokens.
 
-    A stream: slot, row (None while it waits for one), ids (the prompt, then what was sampled),
-    cached (how many of them are in the cache), limit of ids, seed and the sampling options.
+    A stream: its request over the model's sampling defaults; row (None while it waits for one), ids
+    (the prompt, `start` of them, then the answer), limit of these, cached (how many of them are).
     """
 
-    def __init__(self, model, prompter, settings, gate):
-        config, self.defaults = model.config, model.generation_config
+    def __init__(self, model, facts, prompter, settings, gate):
         self.model, self.prompter, self.gate = model, prompter, gate
-        limits = [int(settings["ENCLAVE_CONTEXT"]), config.max_position_embeddings]
-        windows = ("sliding_window", "attention_chunk_size")  # within which all is attended to
-        limits += [getattr(config, name, None) for name in windows]
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # beyond, a stream would change its neighbours'
-            limits.append(rope["original_max_position_embeddings"])
+        limits = [getattr(model.config, name, None) for name in WINDOWS]
+        limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"]]
         self.context = min(filter(None, limits))
-        ends = self.defaults.eos_token_id
-        ends = config.eos_token_id if ends is None else ends
-        self.ends = set(ends) if isinstance(ends, list) else {ends}
+        self.ends, self.sampling = facts["ends"], facts["sampling"]
         self.cache = SlotCache(int(settings["ENCLAVE_SLOTS"]), self.context)
         self.streams = []  # in the order in which they came
         self.out = bytearray()
@@ -1220,7 +1207,6 @@ class Decoder:
             whole = self.model(tokens, use_cache=False).logits[:, -1].float()
         if not (parts - whole).abs().max() <= whole.abs().max() * rtol**0.5:
             raise ValueError("the model does not work in a batch")
-        sample([self.stream({"slot": 0, "seed": 0}, ids)], parts)
 
     def serve(self):
         """Take messages and make tokens; EOFError or OSError end it when the gate is gone."""
@@ -1248,17 +1234,10 @@ class Decoder:
             self.out += mp.PIPE.pack(mp.REFUSED, message["slot"], refusals.index(True))
             return
         self.out += mp.PIPE.pack(mp.LENGTH, message["slot"], size)
-        self.streams.append(self.stream(message, ids))
-
-    def stream(self, request, ids):
-        """A new stream; what the request does not say is said by the model's generation config."""
-        options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-        greedy = {} if self.defaults.do_sample else {"temperature": 0.0}
-        for given in (vars(self.defaults), greedy, request):  # the last one wins
-            options |= {name: given[name] for name in options if given.get(name) is not None}
-        limit = len(ids) + request.get("max_new_tokens", self.context - len(ids))
-        place = {"slot": request["slot"], "row": None, "ids": ids, "cached": 0, "limit": limit}
-        return types.SimpleNamespace(**place, seed=request["seed"], **options)
+        facts = {"row": None, "ids": ids, "cached": 0, "start": size}
+        facts["limit"] = size + wanted if wanted else self.context
+        options = {"score": None} | self.sampling | message | facts
+        self.streams.append(types.SimpleNamespace(**options))
 
     def end(self, stream, reason):
         """The stream is over; its row is free."""
@@ -1307,46 +1286,59 @@ class Decoder:
             return output.logits[:, -1].float()
 
     def emit(self, streams, logits):
-        """Sample a token for each stream and tell the gate; end those that are done."""
-        for stream, token in zip(streams, sample(streams, logits)):
+        """Choose a token for each stream and tell the gate; end those that are done."""
+        for stream, scores in zip(streams, map(score, streams, logits.split(1))):
+            token = self.judge(stream, scores) if stream.score else int(scores.argmax())
             stream.ids.append(token)
             if token in self.ends:
                 self.end(stream, "stop")
                 continue
-            self.out += mp.PIPE.pack(mp.ID, stream.slot, token)
+            if not stream.score:
+                self.out += mp.PIPE.pack(mp.ID, stream.slot, token)
             if len(stream.ids) >= stream.limit:
                 self.end(stream, "length")
 
+    def judge(self, stream, scores):
+        """Tell how the next token of an answer that is given scores, after the last one an end of
+        it: as mp.SCORED says, the margin in eighths of an octave, 0 for none. Returns the token.
+        """
+        at, score = len(stream.ids) - stream.start, stream.score
+        tokens = score["ids"][at : at + 1] or self.ends
+        margins = scores.max() - scores
+        near = int((margins <= score["tolerance"]).sum())
+        for value in (mp.margin_code(float(margins[tokens].min())), min(near, 255)):
+            self.out += mp.PIPE.pack(mp.ID, stream.slot, value)
+        return tokens[0]
 
-def sample(streams, logits):
-    """One token id a stream from logits (streams, vocabulary): Gumbel-max with seeded noise.
 
-    argmax(logit / T + g) draws from softmax(logit / T) if g is Gumbel noise (Maddison, Tarlow,
-    Minka 2014). The noise depends on seed, position and token only, so an answer can be re-scored.
+def score(stream, scores):
+    """What a stream's next token is the highest of, (vocabulary,): Gumbel-max with seeded noise.
+
+    scores: logits (1, vocabulary). argmax(logit / T + g) draws from softmax(logit / T) if g is
+    Gumbel noise (Maddison, Tarlow, Minka 2014). The noise depends on seed, position and token
+    only, so an answer can be scored again.
     """
     import torch
     import transformers as hf
 
-    chosen = []
-    for s, scores in zip(streams, logits.split(1)):
-        ids = torch.tensor([s.ids], device=scores.device)
-        if s.repetition_penalty != 1:
-            scores = hf.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty))(ids, scores)
-        if s.temperature >= COLDEST:
-            scores = scores / s.temperature
-            if s.top_k:
-                scores = hf.TopKLogitsWarper(s.top_k)(ids, scores)
-            if s.top_p < 1:
-                scores = hf.TopPLogitsWarper(float(s.top_p))(ids, scores)
-            scores = scores + gumbel(s.seed, len(s.ids), scores.shape[1], scores.device)
-        chosen.append(scores.argmax(-1))
-    return torch.cat(chosen).tolist()
+    ids = torch.tensor([stream.ids], device=scores.device)
+    if stream.repetition_penalty != 1:
+        scores = hf.RepetitionPenaltyLogitsProcessor(float(stream.repetition_penalty))(ids, scores)
+    if stream.temperature >= COLDEST:
+        scores = scores / stream.temperature
+        if stream.top_k:
+            scores = hf.TopKLogitsWarper(stream.top_k)(ids, scores)
+        if stream.top_p < 1:
+            scores = hf.TopPLogitsWarper(float(stream.top_p))(ids, scores)
+        scores = scores + gumbel(stream.seed, len(stream.ids), scores.shape[1], scores.device)
+    return scores[0]
 
 
 def gumbel(seed, position, size, device):
-    """Gumbel noise (size,): a function of seed, position and token id, by integer hashing.
+    """Gumbel noise (size,): a function of seed, position and token id, in integer arithmetic.
 
-    The hash is "lowbias32" (C. Wellons, hash-prospector), on 32-bit words in int64.
+    The hash is "lowbias32" (C. Wellons, hash-prospector), on 32-bit words in int64. Its first bit
+    chooses a tail, the others how far down that; between two quantiles of the table lies a line.
     """
     import torch
 
@@ -1356,7 +1348,21 @@ def gumbel(seed, position, size, device):
         words = words ^ key
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
             words = (words ^ (words >> shift)) * factor & 0xFFFFFFFF
-    return -torch.log(-torch.log((words.double() + 0.5) / 2**32)).float()
+    tail = words >> 31
+    chance = ((words ^ -tail) & 0x7FFFFFFF) * 2 + 1  # of what is farther out, times 2^33
+    octave = torch.frexp(chance.double())[1].long()
+    place = chance << (32 - octave)
+    at, part = (octave << 6) + (place >> 25) - 64, place & 0x1FFFFFF
+    low, high = (quantiles(device)[tail, at + step] for step in (0, 1))
+    return (low + ((high - low) * part >> 25)).float() / 2**18
+
+
+@functools.cache
+def quantiles(device):
+    """The table of mp.gumbel_quantiles as a tensor."""
+    import torch
+
+    return torch.tensor(mp.gumbel_quantiles(), device=device)
 
 
 # ==== command line

@@ -33,7 +33,7 @@ HANDSHAKE_FRAME = 4 << 10  # both ways until the token is accepted
 REQUEST_FRAME = 1 << 20  # from the host afterwards
 RESPONSE_FRAME = 64 << 10  # from the enclave afterwards
 MESSAGE_LIMIT = 8 << 20  # of a message that spans several records
-CELL = 512  # bytes on the wire of every record from the enclave
+CELL = 480  # bytes on the wire of every record from the enclave
 FRAME_HEADER = 4
 RECORD_HEADER = 5  # type octet, 4-byte length of what is left of the message
 TAG = 16
@@ -197,7 +197,8 @@ def parse_message(data, *schemas):
 
 
 COUNT = is_integer(0, 1 << 53)
-POLICY = {"verified": is_one_of(True, False), "latency_ms": is_integer(0, 10_000)}
+SHAPE = is_one_of("plain", "constant")  # constant: an open answer sends a cell every tick
+POLICY = {"verified": is_one_of(True, False), "latency_ms": is_integer(0, 10_000), "shape": SHAPE}
 LEASE = {
     "id": is_hex(16),
     "sequence": is_integer(1, 1 << 53),
@@ -231,14 +232,17 @@ READY = {
     "status": is_one_of("locked", "ready"),
     "lease": lambda v: v == "" or is_hex(16)(v),
     "sequence": COUNT,
+    "budget": COUNT,  # bytes granted since the enclave was locked
     "budget_left": COUNT,
+    "head": is_hex(32),  # of the chain of exchanges
     "restarts": COUNT,
     "model": is_hex(32),
     "asset": is_name,
     "vocabulary": is_hex(32),  # SHA-256 of the id -> bytes table
     "context": COUNT,  # tokens
 }
-ERROR = {"error": is_one_of(*ERRORS), "limit?": COUNT}
+HEADS = is_list(is_hex(32), 2, 2)  # of the chain of exchanges, before and after this one
+ERROR = {"error": is_one_of(*ERRORS), "limit?": COUNT, "heads?": HEADS}
 CHAT = {"role": is_one_of("system", "user", "assistant"), "content": is_text(0, 1 << 20)}
 SAMPLING = {
     "temperature?": is_number(0, 10),
@@ -261,6 +265,11 @@ LOG = {"log": is_one_of(True)}  # in place of UNLOCK; answered by LOGGED, and th
 LOGGED = {"log": lambda v: isinstance(v, str) and re.fullmatch("([0-9a-f]{2})*", v) is not None}
 CANCEL = {"cancel": is_one_of(True)}
 OWNER = ({"status": is_one_of(True)}, {"lock": is_one_of(True)}, {"revoke": is_hex(32)})
+# An answer's ids, to be judged by an owner's own enclave. For each, and for the answer's end, it
+# sends two of CODES: by how much another token had the better score, and how many tokens scored
+# within the tolerance of the best.
+SCORED = {"ids": is_list(is_integer(0, 1 << 24), 0, 1 << 18), "tolerance": is_number(0, 1e6)}
+SCORE = tuple(s | {"score": is_object(SCORED)} for s in (GENERATE, GENERATE_CHAT))
 CLOSING = {"lease": is_hex(16), "spent": COUNT, "head": is_hex(32), "mac": is_hex(32)}
 CLOSED = {"closing": is_object(CLOSING)}  # the answer to an owner's lock
 USAGE = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}
@@ -270,7 +279,7 @@ FINAL = {
     "usage": is_object(USAGE),
     "budget_left": COUNT,
     "restarts": COUNT,
-    "head": is_hex(32),  # of the chain of exchanges, this one included
+    "heads": HEADS,
     "completion?": is_text(0, MESSAGE_LIMIT),
 }
 
@@ -687,38 +696,6 @@ def key_commitment(weights_key, salt):
     return hkdf(weights_key, bytes.fromhex(salt), b"mus v1 key commitment")
 
 
-ITEM_SIZES = dict.fromkeys("U8 I8 BOOL F8_E4M3 F8_E5M2".split(), 1)  # bytes
-ITEM_SIZES |= dict.fromkeys("U16 I16 F16 BF16".split(), 2)
-ITEM_SIZES |= dict.fromkeys("U32 I32 F32".split(), 4)
-ITEM_SIZES |= dict.fromkeys("I64 F64".split(), 8)
-
-
-def safetensors_entries(data):
-    """[(name, dtype, shape, start, size in bytes)] of a safetensors file, every bound checked.
-
-    Form: 8-byte little-endian header length, JSON header, data; the spans are contiguous from the
-    header's end to the file's, each as long as shape x dtype. Raises ValueError.
-    """
-    is_size = is_integer(0, 1 << 50)
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(100 << 20, len(data) - 8):
-        raise ValueError("a safetensors header has a wrong length")
-    header = json.loads(bytes(data[8 : 8 + length]).decode(), object_pairs_hook=_unique_keys)
-    header.pop("__metadata__", None)
-    entries, end = [], 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, (start, stop) = entry["shape"], entry["data_offsets"]
-        if not all(map(is_size, [*shape, start, stop])) or entry["dtype"] not in ITEM_SIZES:
-            raise ValueError(f"{name}: shape or dtype is not valid")
-        if start != end or stop - start != math.prod(shape) * ITEM_SIZES[entry["dtype"]]:
-            raise ValueError(f"{name}: offsets do not fit")
-        entries.append((name, entry["dtype"], shape, 8 + length + start, stop - start))
-        end = stop
-    if 8 + length + end != len(data):
-        raise ValueError("a safetensors file has a wrong length")
-    return entries
-
-
 # ---------------------------------------------------------------- token ids and text
 
 
@@ -726,7 +703,7 @@ class Vocabulary:
     """The public table id -> bytes. Form: 4-byte count, then for each id 2-byte length and bytes.
 
     bits: how many bits an id takes on the wire, ceil(log2 count) and at least 8, so that the
-    number of ids follows from the number of bytes. digest: SHA-256 of the form.
+    number of ids follows from the number of bytes. room: ids in a cell. digest: SHA-256 of it.
     """
 
     def __init__(self, data):
@@ -741,9 +718,14 @@ class Vocabulary:
         if at != len(data) or len(self.table) != count or not 2 <= count <= 1 << 24:
             raise ProtocolError("model_invalid", "the vocabulary table is malformed")
         self.bits = id_bits(count)
+        self.room = CELL_ROOM * 8 // self.bits
 
     def __len__(self):
         return len(self.table)
+
+    def cost(self, count):
+        """The bits that an engine has chosen with a cell of so many ids: these, and how many."""
+        return 8 * -(-count * self.bits // 8) + self.room.bit_length()
 
     def pack(self, ids):
         """Ids as bytes: `bits` bits each, big-endian, zero bits at the end."""
@@ -773,6 +755,9 @@ def encode_vocabulary(table):
     """The byte form of a list of token byte strings; the inverse of Vocabulary(...).table."""
     entries = (len(item).to_bytes(2, "big") + item for item in table)
     return len(table).to_bytes(4, "big") + b"".join(entries)
+
+
+CODES = Vocabulary(encode_vocabulary([b""] * 256))  # what SCORE is answered with, 8 bits each
 
 
 class TextCutter:
@@ -809,6 +794,24 @@ class TextCutter:
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 return size
         return 0
+
+
+# ---------------------------------------------------------------- sampling and its scores
+
+
+def gumbel_quantiles():
+    """Quantiles of the Gumbel distribution, times 2^18, as integers: [lower tail, upper tail].
+
+    Entry n of 2,176 is that of probability 2^(n // 64 - 34) (1 + (n mod 64) / 64), from its end.
+    """
+    chances = [2.0 ** (n // 64 - 34) * (1 + n % 64 / 64) for n in range(34 * 64)]
+    tails = ([-math.log(p) for p in chances], [-math.log1p(-p) for p in chances])
+    return [[round(-math.log(x) * 2**18) for x in tail] for tail in tails]
+
+
+def margin_code(margin):
+    """A margin of scores in eighths of an octave, 1 to 255: 128 for 1.0; 0 for none at all."""
+    return int(min(max(8 * math.log2(margin) + 128, 1), 255)) if margin else 0
 
 
 # ---------------------------------------------------------------- the engine's pipe
@@ -868,20 +871,17 @@ class Meter:
         self.rate, self.burst = rate, burst
         self._credit = min(self._credit, burst * NANOSECOND)
 
-    def is_valid(self):
-        """The invariant behind the bound: credit never negative, never more than one burst."""
-        return 0 <= self._credit <= self.burst * NANOSECOND
-
 
 class Account:
-    """The leases of one unlocked enclave: who may use it, and how much may still leave.
+    """The leases of one unlocked enclave: who may use it, how much may still leave, and what left.
 
-    bits: what an engine may still choose, of those granted. Every method raises ProtocolError, and
-    then has changed nothing. A later lease adds its bytes and replaces the rest.
+    bits: what an engine may still choose, of those granted. head: of the chain of exchanges. Every
+    method raises ProtocolError, and then has changed nothing. A later lease adds its bytes and
+    replaces the rest.
     """
 
     def __init__(self):
-        self.lease = None
+        self.lease, self.head = None, bytes(32)
         self.bits = self.granted = 0
         self.expires = math.inf  # ns
         self._seen, self._key = set(), None
@@ -926,12 +926,23 @@ class Account:
             raise ProtocolError("lease_ended")
         self.bits -= bits
 
-    def close(self, head):
+    def chain(self, lease, request, ids, ending):
+        """Add an exchange (see `chain`); the heads before and after it, in hexadecimal."""
+        before, self.head = self.head, chain(self.head, lease, request, ids, ending)
+        return [before.hex(), self.head.hex()]
+
+    def facts(self):
+        """What READY says of the leases."""
+        lease = self.lease or {"id": "", "sequence": 0}
+        facts = {"lease": lease["id"], "sequence": lease["sequence"], "head": self.head.hex()}
+        return facts | {"budget": self.granted // 8, "budget_left": self.bits // 8}
+
+    def close(self):
         """The statement that ends the leases, with the chain's head; None if there was none."""
         if self.lease is None:
             return None
         spent = -(-(self.granted - self.bits) // 8)
-        return closing(self._key, self.lease["id"], spent, head)
+        return closing(self._key, self.lease["id"], spent, self.head)
 
     def revoke(self, user):
         """Strike a user's hash from the lease."""

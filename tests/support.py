@@ -124,7 +124,7 @@ def unlock_token(site, **lease):
     fields = {"id": secrets.token_hex(16), "sequence": time.time_ns() // 1000}
     fields |= {"rate": FREE_RATE, "burst": 1 << 20, "budget": 10**7, "expiry": 3600}
     users = [mp.token_hash(muproxy.read_token(site.token))]
-    fields |= {"users": users, "policy": {"verified": False, "latency_ms": 0}}
+    fields |= {"users": users, "policy": {"verified": False, "latency_ms": 0, "shape": "plain"}}
     key = owner.read_key_file(site.key, None)[1].hex()
     digest = muproxy.read_container(site.model).digest
     return {"key": key, "model": digest, "lease": fields | lease}

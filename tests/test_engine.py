@@ -43,6 +43,7 @@ sys.path.insert(0, str(support.TOOLS))
 
 import prompting  # noqa: E402
 import seal  # noqa: E402
+import weights  # noqa: E402
 
 SETTINGS = muenclave.DEFAULTS | {"ENCLAVE_THREADS": "1"}
 SPECIAL = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|pad|>")
@@ -131,10 +132,10 @@ def loaded(sealed):
 
 def load(files):
     """The engine's model of files in memory."""
-    fields, generation = (
-        muenclave.read_json(files, name) for name in ("config.json", "generation_config.json")
-    )
-    return muenclave.build_model(fields, generation, muenclave.read_state(files), "cpu")
+    fields, facts = (json.loads(bytes(files[name])) for name in ("config.json", seal.FACTS))
+    model = muenclave.build_model(fields, muenclave.read_state(files, facts["tensors"]), "cpu")
+    model.facts = facts
+    return model
 
 
 class Ids:
@@ -148,7 +149,8 @@ class Ids:
 def decoder(model, prompter=None, slots=4, context=4096):
     """A decoder whose messages stay in its `out`."""
     settings = SETTINGS | {"ENCLAVE_SLOTS": str(slots), "ENCLAVE_CONTEXT": str(context)}
-    return muenclave.Decoder(model, prompter or Ids(), settings, None)
+    facts = getattr(model, "facts", None) or facts_of(model)
+    return muenclave.Decoder(model, facts, prompter or Ids(), settings, None)
 
 
 def heard(data):
@@ -188,9 +190,20 @@ def tiny(model_type="llama", seed=0, **fields):
     return model
 
 
-def rebuilt(model):
-    """The engine's model of the same weights."""
-    return muenclave.build_model(model.config.to_dict(), {}, model.state_dict(), "cpu")
+def facts_of(model, generation=None):
+    """model.json of a model as sealing makes it; with an end of answers that never comes."""
+    fields = model.config.to_dict()
+    if fields["eos_token_id"] is None:
+        fields["eos_token_id"] = 1 << 20
+    return weights.make_facts([], fields, generation or {})
+
+
+def rebuilt(model, generation=None, **fields):
+    """The engine's model of the same weights, with what a generation_config.json says."""
+    config = model.config.to_dict() | fields
+    built = muenclave.build_model(config, model.state_dict(), "cpu")
+    built.facts = facts_of(built, generation)
+    return built
 
 
 # ---------------------------------------------------------------- weights
@@ -241,26 +254,26 @@ class Weights(unittest.TestCase):
     def test_each_tensor_is_in_one_shard(self):
         with loaded(support.sealed_demo("bfloat16", 3)) as files:
             files = {name: bytearray(data) for name, data in files.items()}
-        last = max(name for name in files if name.endswith(".safetensors"))
-        with self.assertRaisesRegex(ValueError, "in two shards"):
-            muenclave.read_state(files | {"more.safetensors": files[last]})
         load(files)
-        del files[last]
+        facts = json.loads(bytes(files[seal.FACTS]))
+        last = max(tensor[3] for tensor in facts["tensors"])
+        facts["tensors"] = [tensor for tensor in facts["tensors"] if tensor[3] != last]
+        files[seal.FACTS] = json.dumps(facts).encode()
         with self.assertRaisesRegex(ValueError, "not this config's"):
             load(files)
 
     def test_tensors_that_are_not_the_config_s(self):
         model = tiny(tie_word_embeddings=False)
         state, fields = model.state_dict(), model.config.to_dict()
-        muenclave.build_model(fields, {}, state, "cpu")
+        muenclave.build_model(fields, state, "cpu")
         missing = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
         more = state | {"model.layers.2.mlp.up_proj.weight": torch.zeros(96, 64)}
         other = state | {"lm_head.weight": torch.zeros(128, 65)}
         for bad in (missing, more, other):
             with self.assertRaises((ValueError, RuntimeError)):
-                muenclave.build_model(fields, {}, bad, "cpu")
+                muenclave.build_model(fields, bad, "cpu")
         named = fields | {"auto_map": {"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"}}
-        built = muenclave.build_model(named, {}, state, "cpu")  # no code is looked for
+        built = muenclave.build_model(named, state, "cpu")  # no code is looked for
         self.assertIs(type(built), type(model))
 
 
@@ -377,12 +390,8 @@ class Architectures(unittest.TestCase):
     def test_generation_config_that_can_t_be_used(self):
         model = tiny()
         for wrong in ({"temperature": "hot"}, {"top_k": -1}, {"repetition_penalty": 0.0}):
-            with self.subTest(wrong), self.assertRaises((ValueError, TypeError)):
-                fields = {"do_sample": True} | wrong
-                built = muenclave.build_model(
-                    model.config.to_dict(), fields, model.state_dict(), "cpu"
-                )
-                decoder(built)
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "generation_config.json"):
+                facts_of(model, {"do_sample": True} | wrong)
 
 
 class Headers(unittest.TestCase):
@@ -403,14 +412,14 @@ class Headers(unittest.TestCase):
         return self.file(self.GOOD | {name: self.GOOD[name] | fields})
 
     def test_good(self):
-        entries = mp.safetensors_entries(self.file(self.GOOD | {"__metadata__": {"x": "y"}}))
+        entries = weights.safetensors_entries(self.file(self.GOOD | {"__metadata__": {"x": "y"}}))
         self.assertEqual(
             [entry[:3] for entry in entries], [("a", "F32", [2, 2]), ("b", "BF16", [3])]
         )
         start = entries[0][3]
         self.assertEqual([entry[3:] for entry in entries], [(start, 16), (start + 16, 6)])
         padded = json.dumps(self.GOOD).encode() + b"   "
-        self.assertEqual(len(mp.safetensors_entries(self.file(padded))), 2)
+        self.assertEqual(len(weights.safetensors_entries(self.file(padded))), 2)
 
     def lies(self):
         """(what it is, a file)."""
@@ -473,7 +482,7 @@ class Headers(unittest.TestCase):
         self.assertGreater(len(lies), 50)
         for name, data in lies:
             with self.subTest(lie=name), self.assertRaises(self.ERRORS):
-                mp.safetensors_entries(memoryview(data))
+                weights.safetensors_entries(memoryview(data))
             with self.subTest(lie=name, reader="engine"), self.assertRaises(self.ERRORS):
                 muenclave.read_state({"model.safetensors": memoryview(bytearray(data))})
 
@@ -813,9 +822,8 @@ class Sampling(unittest.TestCase):
 
     def draw(self, streams):
         logits = torch.tensor([self.LOGITS] * len(streams))
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-        streams = [types.SimpleNamespace(**neutral | {"ids": [0]} | s) for s in streams]
-        return muenclave.sample(streams, logits)
+        streams = [types.SimpleNamespace(**weights.NEUTRAL | {"ids": [0]} | s) for s in streams]
+        return [int(s.argmax()) for s in map(muenclave.score, streams, logits.split(1))]
 
     def check_distribution(self, found, weights):
         """Pearson's test of outcomes against weights; its p-value by the regularised gamma."""
@@ -886,9 +894,28 @@ class Sampling(unittest.TestCase):
         self.assertTrue(torch.equal(noise, muenclave.gumbel(7, 3, 9, "cpu")[:5]))
         u = self.uniforms(7, 3, 5)
         wanted = torch.tensor([-math.log(-math.log(x)) for x in u])
-        self.assertTrue(torch.allclose(noise, wanted, atol=1e-6))
+        self.assertTrue(torch.allclose(noise, wanted, atol=5e-5))
+
+    def test_noise_is_integer_arithmetic(self):
+        """The same fixed numbers in Python's integers, exactly, also far out in both tails."""
+        lower, upper = mp.gumbel_quantiles()
+        for seed in range(6):
+            noise = muenclave.gumbel(seed, 9, 5000, "cpu") * 2**18
+            wanted = []
+            for word in self.words(seed, 9, 5000):
+                table, rest = (upper, 2**32 - 1 - word) if word >> 31 else (lower, word)
+                chance = 2 * rest + 1
+                octave = chance.bit_length()
+                place = chance << (32 - octave)
+                at, part = octave * 64 + (place >> 25) - 64, place % 2**25
+                wanted.append(table[at] + ((table[at + 1] - table[at]) * part >> 25))
+            self.assertEqual(noise.tolist(), wanted)
 
     def uniforms(self, seed, position, size):
+        """The numbers between 0 and 1 that the noise is made of."""
+        return [(word + 0.5) / (1 << 32) for word in self.words(seed, position, size)]
+
+    def words(self, seed, position, size):
         """The design's hash, in Python's own integers."""
         digest = hashlib.sha256(struct.pack(">QQ", seed, position)).digest()
         for token in range(size):
@@ -898,7 +925,7 @@ class Sampling(unittest.TestCase):
                 word = (word ^ word >> 16) * 0x7FEB352D % (1 << 32)
                 word = (word ^ word >> 15) * 0x846CA68B % (1 << 32)
                 word ^= word >> 16
-            yield (word + 0.5) / (1 << 32)
+            yield word
 
 
 class Generation(unittest.TestCase):
@@ -946,9 +973,8 @@ class Generation(unittest.TestCase):
     def test_defaults_are_the_generation_config_s(self):
         given = {"temperature": 0.6, "top_p": 0.9, "top_k": 30, "repetition_penalty": 1.2}
         model = tiny(seed=3)
-        fields, state = model.config.to_dict(), model.state_dict()
-        sampling = muenclave.build_model(fields, {"do_sample": True} | given, state, "cpu")
-        still = muenclave.build_model(fields, {"do_sample": False} | given, state, "cpu")
+        sampling = rebuilt(model, {"do_sample": True} | given)
+        still = rebuilt(model, {"do_sample": False} | given)
         request = {"ids": [1, 2, 3], "seed": 4, "max_new_tokens": 40}
         explicit = answers(decoder(self.model), [request | given])
         self.assertEqual(answers(decoder(sampling), [request]), explicit)
@@ -967,7 +993,6 @@ class Generation(unittest.TestCase):
         ids = [1, 2, 3]
         free = answers(decoder(self.model), [{"ids": ids, "max_new_tokens": 30}])[0][0]
         model = tiny(seed=3)
-        fields, state = model.config.to_dict(), model.state_dict()
         first = free.index(free[12])
         for generation, config in (
             ({"eos_token_id": free[12]}, {}),
@@ -975,7 +1000,7 @@ class Generation(unittest.TestCase):
             ({}, {"eos_token_id": free[12]}),
             ({"eos_token_id": free[12]}, {"eos_token_id": free[0]}),
         ):
-            built = muenclave.build_model(fields | config, generation, state, "cpu")
+            built = rebuilt(model, generation, **config)
             got = answers(decoder(built), [{"ids": ids, "max_new_tokens": 30}])[0]
             self.assertEqual(got, (free[:first], "stop"))
 
@@ -985,8 +1010,7 @@ class Generation(unittest.TestCase):
         model = tiny(seed=3, eos_token_id=5)
         weights = model.lm_head.weight.data
         weights[0] = 10 * weights[first]  # so that it is the likeliest
-        fields, state = model.config.to_dict(), model.state_dict()
-        built = muenclave.build_model(fields, {"eos_token_id": 0}, state, "cpu")
+        built = rebuilt(model, {"eos_token_id": 0})
         self.assertEqual(answers(decoder(built), [request]), [([], "stop")])
 
     def test_exact_limits(self):
@@ -1160,7 +1184,10 @@ def saved(model, kind, template=CHATML):
     prompts = json.dumps(prompts_of(tokenizer_files(kind), template)).encode()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return files_of(pathlib.Path(folder)) | {"prompts.json": prompts}
+        tensors = seal.check_weights(pathlib.Path(folder), os.listdir(folder), None)
+        facts = facts_of(model) | {"tensors": tensors}
+        made = {seal.PROMPTS: prompts, seal.FACTS: json.dumps(facts).encode()}
+        return files_of(pathlib.Path(folder)) | made
 
 
 class Process(unittest.TestCase):
@@ -1199,12 +1226,13 @@ class Process(unittest.TestCase):
 
     def test_models_that_can_t_be_loaded(self):
         good = saved(tiny(vocab_size=1000), "bytes")
-        weights = bytes(good["model.safetensors"])
+        tensors = bytes(good["model.safetensors"])
         for what, model_type, files in (
-            ("trailing bytes", "llama", good | {"model.safetensors": weights + b"\0"}),
+            ("truncated", "llama", good | {"model.safetensors": tensors[:-1]}),
             ("no such architecture", "nothing", good),
             ("one that a batch can't do", "mamba", good),
             ("no prompts", "llama", {n: d for n, d in good.items() if n != "prompts.json"}),
+            ("no facts", "llama", {n: d for n, d in good.items() if n != "model.json"}),
             ("prompts that are none", "llama", good | {"prompts.json": b"{}"}),
         ):
             with self.subTest(what), Engine(model_type, files) as engine:
@@ -1231,11 +1259,12 @@ def sealed_by_hand(folder, files, model_type="llama", size=1000):
     """Seal what tools/seal.py would refuse; a table of `size` ids. Returns support.Sealed."""
     source = folder / "source"
     source.mkdir()
-    names = sorted(name for name in files if name != seal.PROMPTS)
+    made = {name: bytes(files[name]) for name in (seal.PROMPTS, seal.FACTS)}
+    names = sorted(files.keys() - made.keys())
     for name in names:
         (source / name).write_bytes(files[name])
     table = [b"%d " % number for number in range(size)]
-    model = seal.Model(source, names, [], model_type, table, bytes(files[seal.PROMPTS]))
+    model = seal.Model(source, names, [], model_type, table, made)
     flags = types.SimpleNamespace(output=str(folder / "odd.mus"), chunk_size=1 << 16)
     key = secrets.token_bytes(32)
     (folder / "odd.key").touch(0o600)
@@ -1401,16 +1430,13 @@ class Invalid(unittest.TestCase):
 
     def test_lies(self):
         good = saved(tiny(vocab_size=1000), "bytes")
-        weights = bytes(good["model.safetensors"])
-        name = b'"model.norm.weight":'
-        self.assertEqual(weights.count(name), 1)
-        place = weights.index(b"data_offsets", weights.index(name))
-        digit = weights.index(b"]", place) - 1
-        moved = weights[:digit] + b"%d" % ((weights[digit] - 47) % 10) + weights[digit + 1 :]
-        for lie in (moved, weights + b"\0"):
-            with self.subTest(size=len(lie)), tempfile.TemporaryDirectory() as name:
+        truncated = {"model.safetensors": bytes(good["model.safetensors"])[:-1]}
+        facts = json.loads(good[seal.FACTS])
+        facts["tensors"][0][2] = [*facts["tensors"][0][2], 2]  # its shape
+        for lie in (truncated, {seal.FACTS: json.dumps(facts).encode()}):
+            with self.subTest(sorted(lie)), tempfile.TemporaryDirectory() as name:
                 folder = pathlib.Path(name)
-                sealed = sealed_by_hand(folder, good | {"model.safetensors": lie})
+                sealed = sealed_by_hand(folder, good | lie)
                 site = support.make_site(folder, sealed)
                 with support.Enclave(site, "--threads", "1") as enclave:
                     for _ in range(2):  # after the first it has started afresh

@@ -518,7 +518,7 @@ class Lease(Case):
 
     def test_verified_sampling(self):
         """What can't be replayed is refused; the session lives on."""
-        ready(policy={"verified": True, "latency_ms": 0})
+        ready(policy={"verified": True, "latency_ms": 0, "shape": "plain"})
         good = {"prompt": "The", "seed": 3, "temperature": 0.7, "max_new_tokens": 4}
         with shared.ready() as session:
             for wrong in ({"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.1}):
@@ -531,7 +531,7 @@ class Lease(Case):
 
     def test_latency(self):
         """Ids wait for the policy's latency, for a full cell, or for the answer's end."""
-        ready(policy={"verified": False, "latency_ms": 10_000})
+        ready(policy={"verified": False, "latency_ms": 10_000, "shape": "plain"})
         with shared.ready() as session:
             send(session, SHORT)
             pieces, final = finish(session)
@@ -609,9 +609,8 @@ class Closing(Case):
         answered[2] = (asked[2], answered[0][1], answered[2][2])  # the ids behind the text
         for request, ids, final in answered:
             ending = final.get("finish_reason") or final["error"]
-            head = mp.chain(head, token["lease"]["id"], request, ids, ending)
-            if "head" in final:
-                self.assertEqual(final["head"], head.hex())
+            before, head = head.hex(), mp.chain(head, token["lease"]["id"], request, ids, ending)
+            self.assertEqual(final["heads"], [before, head.hex()])
         closing = told["closing"]
         facts = {"lease": token["lease"]["id"], "spent": closing["spent"], "head": head.hex()}
         mac = hmac.digest(key, mp.encode_json(facts), "sha256")

@@ -114,8 +114,9 @@ class StrictJson(unittest.TestCase):
 
 # One valid message for each schema; every edit of it must be refused.
 HASH = "ab" * 32
+POLICY = {"verified": False, "latency_ms": 100, "shape": "plain"}
 LEASE = {"id": "cd" * 16, "sequence": 7, "rate": 5120, "burst": 32768, "budget": 1000}
-LEASE |= {"expiry": 60, "users": [HASH], "policy": {"verified": False, "latency_ms": 100}}
+LEASE |= {"expiry": 60, "users": [HASH], "policy": POLICY}
 POSTURE = {"confinement": "full", "debug": False}
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 COUNTS = {"budget_left": 5, "restarts": 0}
@@ -134,9 +135,9 @@ MESSAGES = {
     "ACCESS": {"token": "mu-" + HASH},
     "PROGRESS": {"status": "loading", "progress": 10},
     "READY": {"status": "ready", "lease": "cd" * 16, "sequence": 7, "model": HASH}
-    | {"asset": "demo", "vocabulary": HASH, "context": 512}
+    | {"asset": "demo", "vocabulary": HASH, "context": 512, "budget": 9, "head": HASH}
     | COUNTS,
-    "ERROR": {"error": "busy", "limit": 3},
+    "ERROR": {"error": "busy", "limit": 3, "heads": [HASH, HASH]},
     "CHAT": {"role": "user", "content": "hello"},
     "GENERATE": OPTIONS | {"prompt": "hello"},
     "GENERATE_CHAT": OPTIONS | {"messages": [{"role": "user", "content": "hello"}]},
@@ -145,7 +146,7 @@ MESSAGES = {
     "LOGGED": {"log": "00ff"},
     "USAGE": USAGE,
     "FINAL": {"elapsed_ms": 5, "finish_reason": "stop", "usage": USAGE, "completion": "x"}
-    | {"head": HASH}
+    | {"heads": [HASH, HASH]}
     | COUNTS,
     "CLOSING": CLOSING,
     "CLOSED": {"closing": CLOSING},
@@ -837,7 +838,7 @@ def check_meter(make, events, test):
         else:
             starts.append((paid, taken, burst * mp.NANOSECOND))
             taken += value if meter.take(value, now) else 0
-        test.assertTrue(meter.is_valid())
+        test.assertTrue(0 <= meter._credit <= meter.burst * mp.NANOSECOND)
         for paid_then, taken_then, credit in starts:
             left = (taken - taken_then) * mp.NANOSECOND
             test.assertLessEqual(left, paid - paid_then + credit)
@@ -1015,15 +1016,30 @@ class Account(unittest.TestCase):
             account.add(self.lease(number, budget=1 << 50), 0, KEY)
         self.assertEqual(account.bits, 8 << 53)
         account.charge(8 * 5)
-        self.assertEqual(account.close(bytes(32))["spent"], 5)
+        self.assertEqual(account.facts()["budget"], 1 << 53)
+        self.assertEqual(account.facts()["budget_left"], (1 << 53) - 5)
+        self.assertEqual(account.close()["spent"], 5)
+
+    def test_chain(self):
+        account = mp.Account()
+        self.assertEqual(account.facts()["head"], "00" * 32)
+        exchanges = [("ab" * 16, {"prompt": "a", "seed": n}, [n, 1], "stop") for n in range(3)]
+        before = bytes(32)
+        for exchange in exchanges:
+            after = mp.chain(before, *exchange)
+            self.assertEqual(account.chain(*exchange), [before.hex(), after.hex()])
+            before = after
+        self.assertEqual(account.facts()["head"], before.hex())
 
     def test_closing_statement(self):
-        account, head = mp.Account(), bytes(range(32))
-        self.assertIsNone(account.close(head))
+        account = mp.Account()
+        self.assertIsNone(account.close())
+        account.chain("ab" * 16, {"prompt": "a", "seed": 1}, [1], "stop")
+        head = account.head
         account.add(self.lease(1), 0, bytes(32))
         account.add(self.lease(2), 0, KEY)
         account.charge(9)
-        told = account.close(head)
+        told = account.close()
         facts = {"lease": self.lease(2)["id"], "spent": 2, "head": head.hex()}
         text = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
         mac = hmac.new(KEY, text, hashlib.sha256).hexdigest()
@@ -1031,7 +1047,7 @@ class Account(unittest.TestCase):
 
     def test_verified_policy(self):
         account = mp.Account()
-        policy = {"verified": True, "latency_ms": 0}
+        policy = POLICY | {"verified": True}
         account.add(self.lease(1, policy=policy), 0, KEY)
         good = {"prompt": "a", "seed": 1, "temperature": 0.5}
         neutral = {"top_p": 1, "top_k": 0, "repetition_penalty": 1}

@@ -32,9 +32,14 @@ from tests import support
 
 import prompting  # isort: skip  (from tools/, which tests.support has put on the path)
 import seal  # isort: skip
+import weights  # isort: skip
 
 CHUNK = 4096
-MADE = {mp.VOCABULARY_FILE, "prompts.json"}  # from files that are not sealed themselves
+MADE = {
+    mp.VOCABULARY_FILE,
+    "prompts.json",
+    "model.json",
+}  # from files that aren't sealed themselves
 ITEM = {"F32": 4, "BF16": 2, "U8": 1}
 
 
@@ -115,7 +120,7 @@ def unseal(path, key):
 def kept(names):
     """Those of a model's files that are sealed as they are."""
     suffix = ".safetensors"
-    return {n for n in names if n in ("config.json", "generation_config.json") or suffix in n[-12:]}
+    return {n for n in names if n == "config.json" or suffix in n[-12:]}
 
 
 def key_of(path):
@@ -244,7 +249,7 @@ class RoundTrip(Folder):
 
     def test_weights_that_the_index_does_not_name_are_left_out(self):
         (self.model / "model.safetensors").rename(self.model / "part.safetensors")
-        names = mp.safetensors_entries((self.model / "part.safetensors").read_bytes())
+        names = weights.safetensors_entries((self.model / "part.safetensors").read_bytes())
         places = {entry[0]: "part.safetensors" for entry in names}
         write(self.model / "model.safetensors.index.json", {"weight_map": places})
         write(self.model / "consolidated.safetensors", safetensors({"c": ("U8", [5])}))
@@ -679,7 +684,7 @@ def make_holes(model):
     write(model / "tokenizer.json", fields)
 
 
-def weights(header, data=b"", size=None):
+def lying_weights(header, data=b"", size=None):
     """A change: weights with this header and data; size: what the header's length claims."""
 
     def change(model):
@@ -754,22 +759,22 @@ REFUSED = {
     ),
     "weights empty": (put("model.safetensors", b""), SOUND),
     "weights short": (put("model.safetensors", b"1234567"), SOUND),
-    "header long": (weights(tensor(), bytes(4), size=1 << 40), SOUND),
-    "header no JSON": (weights(b"{]", bytes(4)), SOUND),
-    "header a list": (weights(b"[1]", b""), SOUND),
-    "header deep": (weights(b"[" * 200_000, b""), SOUND),
-    "no offsets": (weights({"t": {"dtype": "U8", "shape": [4]}}, bytes(4)), SOUND),
-    "tensor a number": (weights({"t": 1}, b""), SOUND),
-    "tensor twice": (weights(TWICE, b""), SOUND),
-    "gap": (weights(GAP, bytes(9)), SOUND),
-    "overlap": (weights(OVERLAP, bytes(6)), SOUND),
-    "late start": (weights(tensor(data_offsets=[1, 5]), bytes(5)), SOUND),
-    "too short": (weights(tensor(), bytes(3)), SOUND),
-    "too long": (weights(tensor(), bytes(5)), SOUND),
-    "wrong shape": (weights(tensor(shape=[5]), bytes(4)), SOUND),
-    "negative shape": (weights(tensor(shape=[-2, -2]), bytes(4)), SOUND),
-    "wrong type": (weights(tensor(dtype="F32"), bytes(4)), SOUND),
-    "unknown type": (weights(tensor(dtype="F5"), bytes(4)), SOUND),
+    "header long": (lying_weights(tensor(), bytes(4), size=1 << 40), SOUND),
+    "header no JSON": (lying_weights(b"{]", bytes(4)), SOUND),
+    "header a list": (lying_weights(b"[1]", b""), SOUND),
+    "header deep": (lying_weights(b"[" * 200_000, b""), SOUND),
+    "no offsets": (lying_weights({"t": {"dtype": "U8", "shape": [4]}}, bytes(4)), SOUND),
+    "tensor a number": (lying_weights({"t": 1}, b""), SOUND),
+    "tensor twice": (lying_weights(TWICE, b""), SOUND),
+    "gap": (lying_weights(GAP, bytes(9)), SOUND),
+    "overlap": (lying_weights(OVERLAP, bytes(6)), SOUND),
+    "late start": (lying_weights(tensor(data_offsets=[1, 5]), bytes(5)), SOUND),
+    "too short": (lying_weights(tensor(), bytes(3)), SOUND),
+    "too long": (lying_weights(tensor(), bytes(5)), SOUND),
+    "wrong shape": (lying_weights(tensor(shape=[5]), bytes(4)), SOUND),
+    "negative shape": (lying_weights(tensor(shape=[-2, -2]), bytes(4)), SOUND),
+    "wrong type": (lying_weights(tensor(dtype="F32"), bytes(4)), SOUND),
+    "unknown type": (lying_weights(tensor(dtype="F5"), bytes(4)), SOUND),
 }
 
 

@@ -94,7 +94,7 @@ def make_lease(options):
     """A lease as the flags say, without what the ledger gives it. Raises Failure."""
     lease = {name: getattr(options, name) for name in ("rate", "burst", "expiry")}
     lease |= {"users": [mp.token_hash(token) for token in options.token_file or ()]}
-    lease |= {"policy": {"verified": False, "latency_ms": 0}}
+    lease |= {"policy": {"verified": False, "latency_ms": 0, "shape": "plain"}}
     wrong = [f"--{name}" for name in lease if not mp.LEASE[name](lease[name])]
     for name in ("budget", "lifetime_budget"):
         value = getattr(options, name)

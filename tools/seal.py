@@ -37,6 +37,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import owner  # noqa: E402
 import prompting  # noqa: E402
+import weights  # noqa: E402
 
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
@@ -44,7 +45,7 @@ import muproxy  # noqa: E402
 DEFAULT_MODEL = "unsloth/Llama-3.2-3B-Instruct"
 INDEX = "model.safetensors.index.json"
 NEEDED = ("config.json", "tokenizer.json")
-PROMPTS = "prompts.json"
+PROMPTS, FACTS = "prompts.json", "model.json"  # what is made of files, beside the table
 SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -53,7 +54,7 @@ SETTINGS = (
     INDEX,
 )
 TAKEN = (*SETTINGS, "tokenizer.json", "chat_template.jinja", "*.safetensors")
-SEALED = ("config.json", "generation_config.json", "*.safetensors")  # others are checked and read
+SEALED = ("config.json", "*.safetensors")  # others are checked and read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # loading one runs its code
 TENSOR_ALIGNMENT = 64  # of tensor data in the plaintext: engines map it and compute in place
 SCRYPT = {"n": 1 << 17, "r": 8, "p": 1}  # half a second and 128 MiB a guess
@@ -71,8 +72,8 @@ TEXTS = (
 )
 
 Source = collections.namedtuple("Source", "offset size data")  # data: a descriptor, or bytes
-# names: of the files that are sealed as they are; prompts: the bytes of PROMPTS.
-Model = collections.namedtuple("Model", "folder names left_out model_type table prompts")
+# names: of the files that are sealed as they are; made: {PROMPTS and FACTS: bytes}.
+Model = collections.namedtuple("Model", "folder names left_out model_type table made")
 
 
 class SealError(Exception):
@@ -99,18 +100,19 @@ def read_model(folder):
         if name not in names:
             raise SealError(f"{folder} has no {name}: it is not a model directory")
     settings = {name: read_settings(folder / name) for name in SETTINGS if name in names}
-    weights = check_weights(folder, names, settings.get(INDEX))
-    names = [name for name in names if not name.endswith(".safetensors")] + weights
+    tensors = check_weights(folder, names, settings.get(INDEX))
+    files = sorted({tensor[3] for tensor in tensors})
+    names = [name for name in names if not name.endswith(".safetensors")] + files
     model_type, size = (settings["config.json"].get(name) for name in ("model_type", "vocab_size"))
     if not mp.is_name(model_type):
         raise SealError(f"{folder / 'config.json'}: its model_type is not a name")
     if not mp.is_integer(2, VOCABULARY_LIMIT)(size):
         raise SealError(f"{folder / 'config.json'}: its vocab_size is not a number of tokens")
     table = vocabulary_table(folder / "tokenizer.json", size)
-    prompts = read_prompts(folder, settings)
+    made = {PROMPTS: read_prompts(folder, settings), FACTS: read_facts(folder, tensors, settings)}
     left_out = [name for name in present if name not in names and (folder / name).is_file()]
     names = [name for name in names if is_among(name, SEALED)]
-    return Model(folder, names, left_out, model_type, table, prompts)
+    return Model(folder, names, left_out, model_type, table, made)
 
 
 def is_among(name, patterns):
@@ -131,6 +133,16 @@ def read_prompts(folder, settings):
     except ValueError as error:
         raise SealError(f"{folder}: {error}") from None
     return json.dumps(prompts, separators=(",", ":")).encode()
+
+
+def read_facts(folder, tensors, settings):
+    """FACTS of a directory, as bytes; tensors: as check_weights gives them. SealError."""
+    generation = settings.get("generation_config.json", {})
+    try:
+        facts = weights.make_facts(tensors, settings["config.json"], generation)
+    except ValueError as error:
+        raise SealError(f"{folder}: {error}") from None
+    return json.dumps(facts, separators=(",", ":")).encode()
 
 
 def check_tree(folder):
@@ -169,32 +181,36 @@ def has_key(value, key):
 
 
 def check_weights(folder, names, index):
-    """The names of the weights' files, headers checked; index: its content or None. SealError."""
-    weights = ["model.safetensors"]
+    """[[name, dtype, shape, file, start, size]] of all tensors; index: its content. SealError.
+
+    Headers are checked, and that each tensor is in one file, the one that the index says.
+    """
+    files = ["model.safetensors"]
     if index is not None:
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(map(mp.is_name, places.values())):
             raise SealError(f"{folder / INDEX}: a file's name in it is not a plain name")
-        weights = sorted(set(places.values()))
-    for name in weights:
+        files = sorted(set(places.values()))
+    for name in files:
         if name not in names or not name.endswith(".safetensors"):
             raise SealError(f"{folder} has no {name}; weights in safetensors form are needed")
-    found = {}
-    for name in weights:
-        for tensor in tensor_names(folder / name):
-            if found.setdefault(tensor, name) != name:
-                raise SealError(f"{folder / name}: {tensor} is in {found[tensor]} too")
+    tensors, found = [], {}
+    for file in files:
+        for name, dtype, shape, start, size in tensor_entries(folder / file):
+            if found.setdefault(name, file) != file:
+                raise SealError(f"{folder / file}: {name} is in {found[name]} too")
+            tensors.append([name, dtype, shape, file, start, size])
     if index is not None and found != places:
         tensor = sorted(found.items() ^ places.items())[0][0]
         raise SealError(f"{folder / INDEX} does not agree with the files about {tensor}")
-    return weights
+    return tensors
 
 
-def tensor_names(path):
-    """The names of a safetensors file's tensors. Raises SealError if its header is not sound."""
+def tensor_entries(path):
+    """A safetensors file's tensors (weights.safetensors_entries). SealError if it is not sound."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return [entry[0] for entry in mp.safetensors_entries(data)]
+            return weights.safetensors_entries(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SealError(f"{path}: not a sound safetensors file: {error}") from None
 
@@ -457,12 +473,13 @@ def rewrap(flags):
 def lay_out(model, open_file):
     """(sources, plaintext length): every file's place, tensor data at multiples of the alignment.
 
-    open_file(path) gives a descriptor. The vocabulary table comes first, then the prompts.
+    open_file(path) gives a descriptor. What was made comes first.
     """
-    table = mp.encode_vocabulary(model.table)
-    sources = {mp.VOCABULARY_FILE: Source(0, len(table), table)}
-    sources[PROMPTS] = Source(len(table), len(model.prompts), model.prompts)
-    end = len(table) + len(model.prompts)
+    sources, end = {}, 0
+    made = {mp.VOCABULARY_FILE: mp.encode_vocabulary(model.table)} | model.made
+    for name, data in made.items():
+        sources[name] = Source(end, len(data), data)
+        end += len(data)
     for name in model.names:
         path = model.folder / name
         file = open_file(path)
