@@ -989,6 +989,60 @@ class Generation(unittest.TestCase):
             wanted = answers(decoder(self.model), [request | given | changed])
             self.assertEqual(answers(decoder(sampling), [request | changed]), wanted)
 
+    def judged(self, batch, request, ids, tolerance=0.0):
+        """[(margin code, tokens within the tolerance)] for ids and their end, and how it ended."""
+        request = request | {"score": {"ids": ids, "tolerance": tolerance}}
+        codes, ended = answers(batch, [request])[0]
+        return list(zip(codes[::2], codes[1::2], strict=True)), ended
+
+    def test_scores(self):
+        """An answer of its own has no margin anywhere; another token has the one that it has."""
+        model = tiny(seed=3, eos_token_id=5)
+        batch = decoder(rebuilt(model), slots=3)
+        request = {"ids": [1, 2, 3], "seed": 4, "temperature": 0.9, "max_new_tokens": 30}
+        for options in ({}, {"top_k": 20}, {"top_p": 0.9}, {"temperature": 0}):
+            ids, ended = answers(batch, [request | options])[0]
+            codes, judged = self.judged(batch, request | options, ids)
+            self.assertEqual(codes, [(0, 1)] * len(codes))
+            self.assertEqual((len(codes), judged), (len(ids) + (ended == "stop"), ended))
+        ids = answers(batch, [request])[0][0]
+        logits = model(torch.tensor([[1, 2, 3, *ids[:7]]])).logits[0, -1].detach() / 0.9
+        scores = logits + muenclave.gumbel(4, 10, 128, "cpu")
+        order = scores.argsort(descending=True).tolist()
+        self.assertEqual(order[0], ids[7])
+        for place in (1, 4, 60, 127):
+            margin = float(scores[order[0]] - scores[order[place]])
+            changed = [*ids[:7], order[place]]
+            codes, judged = self.judged(batch, request, changed, margin * (1 + 1e-5))
+            self.assertEqual(codes[:7], [(0, codes[n][1]) for n in range(7)])
+            self.assertEqual(codes[7], (mp.margin_code(margin), place + 1))
+            self.assertLess(2 ** ((codes[7][0] - 128) / 8), margin * 1.001)
+            self.assertGreater(2 ** ((codes[7][0] - 127) / 8), margin * 0.999)
+            if order[place] == 5:
+                continue
+            end = codes[8]  # it would not have ended there
+            self.assertEqual((len(codes), judged), (9, "stop"))
+            self.assertGreater(end[0], 0)
+        filtered = request | {"top_k": 3}
+        ids = answers(batch, [filtered])[0][0]
+        self.assertEqual(self.judged(batch, filtered, [(ids[0] + 1) % 128])[0][0][0] == 0, False)
+
+    def test_scores_of_an_end(self):
+        """What ended by itself ends there again, and what was cut short does not."""
+        free = answers(decoder(self.model), [{"ids": [1, 2, 3], "max_new_tokens": 30}])[0][0]
+        batch = decoder(rebuilt(tiny(seed=3), {"eos_token_id": [127, free[12]]}))
+        request = {"ids": [1, 2, 3], "max_new_tokens": 30}
+        ids, ended = answers(batch, [request])[0]
+        self.assertEqual(ended, "stop")
+        self.assertEqual(self.judged(batch, request, ids), ([(0, 1)] * (len(ids) + 1), "stop"))
+        codes, _ = self.judged(batch, request, ids[:-1])
+        self.assertEqual(codes[:-1], [(0, 1)] * (len(ids) - 1))
+        self.assertGreater(codes[-1][0], 0)
+        codes, ended = self.judged(batch, request | {"max_new_tokens": 3}, ids[:3])
+        self.assertEqual((len(codes), ended), (3, "length"))
+        refused = request | {"ids": []}
+        self.assertEqual(self.judged(batch, refused, [])[1], "prompt_invalid")
+
     def test_ends(self):
         ids = [1, 2, 3]
         free = answers(decoder(self.model), [{"ids": ids, "max_new_tokens": 30}])[0][0]
