@@ -422,7 +422,7 @@ class Entropy(unittest.TestCase):
             found = tap.probe(frames, rate, 10)
             expected = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * SECOND / tick
             self.assertAlmostEqual(found["bits_per_second"] / expected, 1, delta=0.03)
-            self.assertEqual(found["lengths"], {"512": len(busy)})
+            self.assertEqual(found["lengths"], {str(mp.CELL): len(busy)})
             self.assertEqual(found["length_bits_per_cell"], 0)
             self.assertLess(found["bits_per_second"], found["bound_bits_per_second"]["moments"])
 

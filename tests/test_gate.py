@@ -681,6 +681,57 @@ class Turns(unittest.TestCase):
         self.assertLess(max(moments), whole + 2 * tick)
 
 
+class Scores(Case):
+    """An owner has an answer scored, by the same enclave here; a user never."""
+
+    @classmethod
+    def setUpClass(cls):
+        ready()
+
+    def scored(self, session, request, ids):
+        """The codes of ids and their end, and the last record."""
+        send(session, request | {"score": {"ids": ids, "tolerance": 0.5}})
+        pieces, final = finish(session)
+        return [code for piece in pieces for code in mp.CODES.unpack(piece)], final
+
+    def test_an_answer_of_its_own(self):
+        vocabulary = muproxy.read_vocabulary(site.vocabulary)
+        request = {"prompt": "Beautiful", "temperature": 1.0, "seed": 5, "max_new_tokens": 40}
+        with shared.ready() as user, owner() as session:
+            send(user, request)
+            pieces, final = finish(user)
+            ids = [token for piece in pieces for token in vocabulary.unpack(piece)]
+            self.assertGreater(len(ids), 5)
+            codes, scored = self.scored(session, request, ids)
+            self.assertEqual(scored["finish_reason"], final["finish_reason"])
+            self.assertEqual(set(codes[::2]), {0})
+            self.assertEqual(len(codes) // 2, len(ids) + (final["finish_reason"] == "stop"))
+            ids[3] = (ids[3] + 1) % len(vocabulary)
+            codes, _ = self.scored(session, request, ids)
+            self.assertEqual((codes[:6:2], codes[6] > 0), ([0] * 3, True))
+            before = status()["budget_left"]
+            codes, final = self.scored(session, request | {"max_new_tokens": 5}, ids[:5])
+            self.assertEqual((len(codes), final["finish_reason"]), (10, "length"))
+            self.assertGreater(before - final["budget_left"], len(codes))
+            self.assertEqual(status()["head"], final["heads"][1])
+
+    def test_not_for_users(self):
+        request = SHORT | {"score": {"ids": [1], "tolerance": 0}}
+        with shared.ready() as session:
+            send(session, request)
+            self.assertEqual(finish(session), ([], {"error": "bad_message"}))
+
+    def test_what_it_refuses(self):
+        with owner() as session:
+            for score in ({}, {"ids": [1]}, {"ids": [-1], "tolerance": 0}, {"ids": 1}, None):
+                send(session, SHORT | {"score": score})
+                self.assertEqual(finish(session), ([], {"error": "bad_message"}))
+            size = len(muproxy.read_vocabulary(site.vocabulary))
+            _, final = self.scored(session, SHORT, [size + 5])
+            self.assertEqual(final, {"error": "engine_lost"})
+            shared.wait_for("ready")
+
+
 class Answers(Case):
     """Several sessions at once, cancelled answers, and an engine that dies."""
 
