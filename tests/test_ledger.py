@@ -191,12 +191,31 @@ class Budget(Case):
             grant = book.grant(FACTS, SIZE, 1000)
             for lease, sequence in (("00" * 16, 2), (grant["lease"], 3), ("00" * 16, 99)):
                 with self.refused("an old copy, or another one"):
-                    book.check({"lease": lease, "sequence": sequence})
+                    book.check(self.told(lease, sequence))
             self.assertEqual([grant["state"] for grant in self.grants()], ["pending"] * 2)
             for _ in range(2):
-                book.check({"lease": grant["lease"], "sequence": 2})
-                book.check({"lease": "", "sequence": 0})
+                book.check(self.told(grant["lease"], 2))
+                book.check(self.told("", 0))
         self.assertEqual([grant["state"] for grant in self.grants()], ["pending", "complete"])
+
+    def told(self, lease, sequence, head=ledger.FIRST):
+        """What an enclave says of its lease."""
+        return {"lease": lease, "sequence": sequence, "head": head}
+
+    def test_heads_of_the_chain_of_exchanges(self):
+        """Each other one that an enclave reports is kept, with its lease, up to the last one."""
+        self.create()
+        with self.open() as book:
+            grant = book.grant(FACTS, SIZE, 1000)
+            for head in (ledger.FIRST, "aa" * 32, "aa" * 32, "bb" * 32):
+                book.check(self.told(grant["lease"], 2, head))
+            kept = [event for event in book.events if event["event"] == "head"]
+            heads = [(event["lease"], event["head"]) for event in kept]
+            self.assertEqual(heads, [(grant["lease"], "aa" * 32), (grant["lease"], "bb" * 32)])
+            self.assertEqual(book.grants[grant["lease"]]["head"], "bb" * 32)
+            book.close(self.statement(grant, 5))
+            self.assertEqual(book.grants[grant["lease"]]["head"], "66" * 32)
+        self.assertEqual(self.grants()[-1]["head"], "66" * 32)
 
 
 class Concurrency(Case):
@@ -368,6 +387,7 @@ class Rows(Case):
         lease = {"time": "now", "lease": grant["lease"]}
         close = lease | {"event": "close", "spent": 0, "head": "00" * 32, "returned": 0}
         ready, other = lease | {"event": "ready"}, {"lease": "00" * 16, "bytes": 1}
+        head = lease | {"event": "head", "head": "00" * 32}
         more = {"event": "raise", "asset": "demo", "lifetime": LIFETIME, "reason": "x"}
         for pattern, *events in (
             ("exceeds the lifetime", grant | other | {"sequence": 5, "bytes": LIFETIME}),
@@ -377,6 +397,8 @@ class Rows(Case):
             ("asset is not known", grant | {"asset": "x"}),
             ("not pending", ready, ready),
             ("not pending", close, ready),
+            ("not complete", head),
+            ("not complete", ready, close, head),
             ("lease is closed", close, close),
             ("gives too much back", close | {"returned": 1}),
             ("no grant", close | {"lease": "00" * 16}),
@@ -592,7 +614,8 @@ class CommandLine(Case):
         self.create()
         with self.open() as book:
             book.grant(FACTS, SIZE, 1000)
-            book.check({"lease": list(book.grants)[-1], "sequence": 2})
+            facts = {"lease": list(book.grants)[-1], "sequence": 2, "head": ledger.FIRST}
+            book.check(facts)
 
     def facts(self, *arguments):
         done = tool(*arguments, "--json", "-")
@@ -790,9 +813,27 @@ sys.exit(owner.main(sys.argv[1:]))
         self.assertEqual((last["state"], last["time"][:4]), ("complete", "2020"))
         self.assertEqual(self.status()["sequence"], last["sequence"])
 
+    @unittest.skipUnless(os.getuid() == 0, "needs root")
+    def test_5_full_disk(self):
+        """Nothing is granted, and nothing is sent: the enclave keeps the lease that it had."""
+        before, full = self.status(), self.folder / "ledger"
+        mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "ledger", self.folder]
+        subprocess.run(mount, check=True)
+        self.addCleanup(subprocess.run, ["umount", self.folder], check=True)
+        shutil.copy(self.path, full)
+        with open(self.folder / "filler", "wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        kept = full.read_bytes()
+        done = own("unlock", *self.files, "--ledger", full, *self.lease)
+        self.assertFails(2, "no space left on its disk", done)
+        self.assertEqual((full.read_bytes(), self.status()), (kept, before))
+
     def test_6_lock_records_a_closing_statement(self):
         grant, left = self.grants()[-1], self.status()["budget_left"]
         said = len(self.enclave.lines)
+        self.assertEqual(own("status", *self.files).returncode, 0)
         done = own("lock", *self.files)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         (line,) = re.findall(r"(?m)^lease .* closed: .*$", done.stdout)

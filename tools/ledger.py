@@ -72,6 +72,9 @@ EVENTS = {
         "close": mp.is_hex(32),  # the handshake's key under which the enclave says what it spent
     },
     "ready": {"lease": mp.is_hex(16)},
+    # The head of the enclave's chain of exchanges as it was then: what a log holds up to there, a
+    # replay audit can rely on, whatever becomes of the enclave.
+    "head": {"lease": mp.is_hex(16), "head": mp.is_hex(32)},
     "close": {"lease": mp.is_hex(16), "spent": mp.COUNT, "head": mp.is_hex(32), "returned": BYTES},
 }
 SCHEMAS = [
@@ -133,8 +136,9 @@ class Ledger:
     """An open ledger: a context manager. All methods raise Failure, and then have granted nothing.
 
     events: as in EVENTS, in their order; hashes: of their rows. assets: {name: {lifetime, granted,
-    returned: bytes, grants, pending, last_sequence: int}}. grants: {lease id: the event, and
-    `state`: pending, complete once the enclave has named the lease, closed}.
+    returned: bytes, grants, pending, last_sequence: int}}. grants: {lease id: the event, `state`:
+    pending, complete once the enclave has named the lease, closed; and `head`, the last one of the
+    enclave's chain that was seen}.
     """
 
     def __init__(self, path, witness=None):
@@ -271,7 +275,7 @@ class Ledger:
     def apply(self, event):
         """Take an event into the sums. ValueError if it can't follow the ones before it."""
         kind, asset, grant = event["event"], None, self.grants.get(event.get("lease"))
-        if kind in ("ready", "close"):
+        if kind in ("ready", "head", "close"):
             rule(grant is not None, "no grant of this lease is before it")
             asset = self.assets[grant["asset"]]
         elif kind in ("raise", "grant"):
@@ -293,17 +297,20 @@ class Ledger:
             asset["grants"] += 1
             asset["pending"] += 1
             asset["last_sequence"] = event["sequence"]
-            self.grants[event["lease"]] = event | {"state": "pending"}
+            self.grants[event["lease"]] = event | {"state": "pending", "head": FIRST}
         elif kind == "ready":
             rule(grant["state"] == "pending", "its lease is not pending")
             grant["state"] = "complete"
             asset["pending"] -= 1
+        elif kind == "head":
+            rule(grant["state"] == "complete", "its lease is not complete")
+            grant["head"] = event["head"]
         elif kind == "close":
             rule(grant["state"] != "closed", "its lease is closed")
             rule(event["returned"] <= returnable(grant, event["spent"]), "it gives too much back")
             asset["pending"] -= grant["state"] == "pending"
             asset["returned"] += event["returned"]
-            grant["state"] = "closed"
+            grant["state"], grant["head"] = "closed", event["head"]
         self.events.append(event)
 
     # ---- the witness
@@ -372,7 +379,8 @@ class Ledger:
     def check(self, ready):
         """Compare what an enclave says of its lease (READY) with what was granted.
 
-        A grant that it names is complete. One that is not ours is the mark of an old copy.
+        A grant that it names is complete. One that is not ours is the mark of an old copy. The head
+        of the chain of exchanges is kept when it is another one than was seen before.
         """
         if not ready["lease"]:
             return
@@ -384,6 +392,8 @@ class Ledger:
                 raise Failure(f"{text}: the ledger is an old copy, or another one", REFUSED)
             if grant["state"] == "pending":
                 self.append({"event": "ready", "lease": ready["lease"]})
+            if grant["head"] != ready["head"]:
+                self.append({"event": "head", "lease": ready["lease"], "head": ready["head"]})
 
     def close(self, statement):
         """Record an enclave's closing statement, once a lease. Returns the grant and the event.
