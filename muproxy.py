@@ -47,12 +47,8 @@ class Failure(Exception):
         super().__init__(text)
 
 
-TEXTS = {  # a code of mp.ERRORS: what it tells a user
-    "bad_frame": "a frame was longer than this step allows, or ended early",
-    "bad_json": "a message was not strict UTF-8 JSON of one object",
-    "bad_message": "a message had missing, unknown or ill-typed fields for this step",
-    "bad_record": "a record failed authentication or was malformed",
-    "bad_share": "the peer's key share was out of range",
+TEXTS = {code: f"the protocol was broken: {code}" for code in mp.ERRORS if code[:4] == "bad_"}
+TEXTS |= {  # a code of mp.ERRORS: what it tells a user
     "timeout": "the peer took too long",
     "connection_lost": "the connection ended before the step was complete",
     "version_unsupported": "the peer speaks another version of the protocol",
@@ -87,7 +83,6 @@ def text_of(error):
 
 # ==== files and reference values
 
-FILE_LIMIT = 64 << 20
 TOKEN_FORM = "[!-~]{16,256}"  # of an access token; ours are mu- and 64 hexadecimal characters
 ROOTS = {  # what evidence is worth, by its root
     "psk": "a shared secret: it says who answers, not what runs; for development",
@@ -109,7 +104,7 @@ REFERENCE = {
 }
 
 
-def load(path, parse, what, is_private=False, limit=FILE_LIMIT):
+def load(path, parse, what, is_private=False, limit=64 << 20):
     """parse(bytes of a file); a private file that others can read is refused. Raises Failure."""
     try:
         with open(path, "rb") as file:
@@ -224,8 +219,7 @@ def is_signed(modulus, message, signature):
 
     By encode and compare, so that no padding is ever parsed. (RFC 8017, 8.2.2)
     """
-    digest_info = DIGEST_INFO + hashlib.sha256(message).digest()
-    encoded = b"\0\1" + (b"\0" + digest_info).rjust(254, b"\xff")
+    encoded = b"\0\1" + (b"\0" + DIGEST_INFO + hashlib.sha256(message).digest()).rjust(254, b"\xff")
     value = int.from_bytes(signature, "big")
     return value < modulus and pow(value, 65537, modulus).to_bytes(256, "big") == encoded
 
@@ -270,8 +264,7 @@ def is_for_development(reference):
 # ==== the outer meter
 
 CONNECT_SECONDS = 10
-LEAST_BUFFER = 4 << 10  # bytes
-LEAST_RATE = 64  # bytes a second
+LEAST_BUFFER, LEAST_RATE = 4 << 10, 64  # bytes; bytes a second
 
 
 class Inlet:
@@ -286,9 +279,7 @@ class Inlet:
     def __init__(self, rate=mp.DEFAULT_RATE, burst=mp.DEFAULT_BURST, clock=time):
         self.meter = mp.Meter(rate, burst, clock.monotonic_ns())
         self.buffer = min(max(rate // 8, LEAST_BUFFER), 1 << 20)
-        self.received = 0
-        self._clock = clock
-        self._turn = threading.Lock()
+        self.received, self._clock, self._turn = 0, clock, threading.Lock()
 
     def receive(self, connection, size, seconds):
         """At most `size` bytes from a socket, b"" at the end, paid for before they are taken.
@@ -355,7 +346,7 @@ HANDSHAKE_SECONDS = 60  # metered: many at once share the rate
 RECORD_SECONDS = 120  # from a record's first byte to its last, at the least rate
 LOAD_SECONDS = 3600  # between two tenths of the weights
 ANSWER_SECONDS = 900  # until an answer's next record
-DRAIN_SECONDS = 30  # from a cancel to the final record
+DRAIN_SECONDS = 30  # until a cancelled answer's next record; for running ones before we end
 POLL_SECONDS = 0.2  # between two looks at whether an answer is still wanted
 ACCEPTED_SECONDS = 30  # that a token counts as accepted without a session in use
 
@@ -367,7 +358,8 @@ class Session:
     excused: names of checks that may fail. wanted: options of check_measurement.
     checks: what was verified, against `reference`, at the time `verified`. measurement: step 1.
     ready: step 3, with what answers said since, the last time at `told`. final: an answer's last
-    record.
+    record. entry: the last exchange, as AuditLog has it. record: called before an exchange, and
+    after it with its entry: AuditLog.write.
     close_key: 32 bytes, under which the enclave states what a lease that was sent here has spent.
     Raises Refusal when a check fails, else ProtocolError: connection_lost or timeout for a link
     that fails, the enclave's code for what it refuses.
@@ -378,6 +370,7 @@ class Session:
             raise Failure(f"this muproxy can't verify evidence of kind {reference['kind']}")
         self.link = self.ready = self.final = None
         self.is_open, self.reference, self.verified = True, reference, time.time()
+        self.record, self.entry = wanted.pop("record", lambda *_: None), {}
         with self._step():
             self.link = Link(address, inlet or Inlet())
             self._handshake(role, reference, psk, excused, wanted)
@@ -398,24 +391,20 @@ class Session:
         if not all(check.ok or check.name in excused for check in self.checks):
             raise Refusal(self.checks)
         keys = mp.session_keys(share.agree(bytes.fromhex(self.measurement["share"])), transcript)
-        self.close_key = keys["close"]
-        self.sealer = mp.Sealer(keys["h2e"])
+        self.close_key, self.sealer = keys["close"], mp.Sealer(keys["h2e"])
         self.opener = mp.Opener(keys["e2h"], mp.MESSAGE_LIMIT)
 
-    def prove(self, token, on_progress=None):
+    def prove(self, token, on_progress=lambda _: None):
         """Steps 2 and 3: send UNLOCK or ACCESS, wait until the model can answer. Returns READY.
 
         on_progress: called with the tenths of the weights that are loaded.
         """
         self.ready = None
         self._send(token)
-        while self.ready is None:
-            message = self._receive(LOAD_SECONDS, mp.PROGRESS, mp.READY)
-            if message["status"] != "loading":
-                self.ready, self.told = message, time.monotonic()
-            elif on_progress is not None:
-                on_progress(message["progress"])
-        return self.ready
+        while "progress" in (message := self._receive(LOAD_SECONDS, mp.PROGRESS, mp.READY)):
+            on_progress(message["progress"])
+        self.ready, self.told = message, time.monotonic()
+        return message
 
     def read_log(self):
         """The event log of the boot, bytes, in place of step 2; the session ends with it."""
@@ -429,62 +418,74 @@ class Session:
         self._send(message)
         return self._receive(ANSWER_SECONDS, mp.READY, mp.CLOSED)
 
-    def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
-        """The pieces of one answer's text, as they come; `final` is its last record afterwards.
+    def exchange(self, request, vocabulary=None, is_gone=lambda: False):
+        """The ids of one answer as they come, in lists; `final` is its last record afterwards.
 
-        request: GENERATE or GENERATE_CHAT without encoding and stop. Without a vocabulary table
-        the enclave renders the text, in one piece. is_gone() is asked now and then whether nobody
-        wants the rest. Close the iterator to cancel; the session is then ready for the next one.
+        request: GENERATE or GENERATE_CHAT, to which a seed is added, or SCORE. vocabulary: how the
+        ids are packed; None if the request has the enclave render them. is_gone() is asked now and
+        then whether nobody wants the rest. Close the iterator to cancel; the session is then ready
+        for the next one.
+        """
+        request = {"seed": secrets.randbits(63)} | request
+        if len(mp.encode_json(request)) > mp.REQUEST_FRAME - mp.RECORD_HEADER - mp.TAG:
+            raise ProtocolError("prompt_too_long")
+        self.record()
+        self.final, self._is_cancelled, self._vocabulary = None, False, vocabulary
+        self.entry = {"lease": self.ready["lease"], "request": request, "ids": []}
+        self.entry |= {"ending": None, "heads": None}
+        try:
+            self._send(request)
+            while self.final is None:
+                if ids := self._take(ANSWER_SECONDS, is_gone):
+                    yield ids
+        except GeneratorExit:
+            with contextlib.suppress(ProtocolError):  # which is the session's end
+                self.cancel()
+                while self.final is None:
+                    self._take(DRAIN_SECONDS)
+            raise
+        finally:
+            self.record(self.entry)
+
+    def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
+        """The pieces of one answer's text, as they come: an exchange, and its ids as text.
+
+        request: without encoding and stop. Without a vocabulary table the enclave renders the text,
+        in one piece.
         """
         if vocabulary is None:
             request = request | {"encoding": "text"} | ({"stop": list(stops)} if stops else {})
         elif vocabulary.digest != self.ready["vocabulary"]:
             raise Failure("the vocabulary table is not that of the enclave's model: --vocabulary")
-        if len(mp.encode_json(request)) > mp.REQUEST_FRAME - mp.RECORD_HEADER - mp.TAG:
-            raise ProtocolError("prompt_too_long")
         cutter = mp.TextCutter(vocabulary, stops) if vocabulary else None
-        self.final, self._is_cancelled, self._vocabulary = None, False, vocabulary
-        self._send(request)
-        try:
-            while self.final is None:
-                if piece := self._take_piece(cutter, is_gone):
+        with contextlib.closing(self.exchange(request, vocabulary, is_gone)) as lists:
+            for ids in lists:
+                piece = cutter.feed(ids)
+                if cutter.stopped:
+                    self.cancel()
+                if piece:
                     yield piece
-        except GeneratorExit:
-            self._drain()
-            raise
+        if cutter and cutter.stopped:
+            self.final["finish_reason"] = "stop"
+        if piece := cutter.feed([], last=True) if cutter else self.final.get("completion"):
+            yield piece
 
-    def _take_piece(self, cutter, is_gone):
-        """The text that the next message brings."""
-        message = self._receive(ANSWER_SECONDS, mp.FINAL, is_gone=is_gone)
+    def _take(self, seconds, is_gone=lambda: False):
+        """The ids in an answer's next record; none in its last one, which is `final` then."""
+        message = self._receive(seconds, mp.FINAL, is_gone=is_gone)
         if isinstance(message, list):
-            piece = cutter.feed(message)
-            if cutter.stopped:
-                self.cancel()
-            return piece
-        piece = message.get("completion", "") if cutter is None else cutter.feed([], last=True)
-        if cutter is not None and cutter.stopped:
-            message["finish_reason"] = "stop"
-        self._finish(message)
-        return piece
-
-    def _finish(self, final):
-        self.ready |= {name: final[name] for name in ("budget_left", "restarts")}
-        self.final, self.told = final, time.monotonic()
+            self.entry["ids"] += message
+            return message
+        self.ready |= {name: message[name] for name in ("budget_left", "restarts")}
+        self.final, self.told = message, time.monotonic()
+        self.entry |= {"ending": message["finish_reason"], "heads": message["heads"]}
+        return []
 
     def cancel(self):
         """Have a running answer end now; its final record still comes."""
         if not self._is_cancelled:
             self._is_cancelled = True
             self._send({"cancel": True})
-
-    def _drain(self):
-        """Cancel the answer and take what is left of it, or else end the session."""
-        deadline = time.monotonic() + DRAIN_SECONDS
-        with contextlib.suppress(ProtocolError):
-            self.cancel()
-            while isinstance(last := self._receive(deadline - time.monotonic(), mp.FINAL), list):
-                pass
-            self._finish(last)
 
     def _send(self, message):
         with self._step():
@@ -514,6 +515,7 @@ class Session:
         if "error" in fields:
             if self.ready is None or fields["error"] not in mp.CORRECTABLE:
                 self.close()
+            self.entry |= {"ending": fields["error"], "heads": fields.get("heads")}
             raise ProtocolError(fields["error"], limit=fields.get("limit"))
         return fields
 
@@ -544,23 +546,48 @@ class Session:
             self.link.close()
 
 
+class AuditLog:
+    """The file to which each exchange is added when it ends, a line of JSON, for a replay audit.
+
+    {"lease": id, "request": GENERATE as it was sent, "ids": [those that came], "ending": the
+    finish_reason or the error's code that the enclave told, null for a connection that was lost,
+    "heads": of the enclave's chain before and after it, null if it told none}. What the disk does
+    not take is kept, and no other exchange begins until it does. Raises Failure.
+    """
+
+    def __init__(self, path):
+        self.path, self.lock = path, threading.Lock()
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_SYNC, 0o600)
+        load(path, bytes, "an audit log", True, 0)  # it holds prompts and answers
+        end = os.pread(self.file, 1, max(0, os.fstat(self.file).st_size - 1))
+        self.rest = b"" if end in (b"", b"\n") else b"\n"  # after a line that a crash cut short
+
+    def write(self, entry=None):
+        """Have an entry on the disk, after those that it did not take before."""
+        with self.lock:
+            self.rest += b"" if entry is None else mp.encode_json(entry) + b"\n"
+            try:
+                while self.rest:
+                    self.rest = self.rest[os.write(self.file, self.rest) :]
+            except OSError as error:
+                raise Failure(f"{self.path}: {error.strerror}: an exchange is not logged") from None
+
+
 class Pool:
     """Verified sessions by the hash of their access token; the token itself is kept nowhere.
 
     connect(): a new Session, which is then proved with the token of whoever asks. limit: sessions
     at once; who asks beyond waits, then is refused as busy. seen: when any was last found well.
     facts: the last that an enclave told in READY or at an answer's end. newest: the session that
-    was verified last. first_budgets: by lease, what was left of it when it was first seen.
+    was verified last. warned: lease and budget of the last warning. idle: (token hash, session),
+    the last used at the end. accepted: by token hash, until when it counts as accepted.
     """
 
-    def __init__(self, connect, limit=32, wait_seconds=10, on_progress=None):
+    def __init__(self, connect, limit=32, wait_seconds=10, on_progress=lambda _: None):
         self.connect, self.on_progress, self.wait_seconds = connect, on_progress, wait_seconds
-        self.limit, self.count = limit, 0
-        self.idle = []  # (token hash, session), the last used at the end
+        self.limit, self.count, self.idle, self.accepted = limit, 0, [], {}
         self.facts, self.told, self.seen = {}, float("-inf"), float("-inf")
-        self.newest, self.first_budgets = None, {}
-        self.accepted = {}  # token hash: until when it counts as accepted
-        self.changed = threading.Condition()
+        self.changed, self.newest, self.warned = threading.Condition(), None, None
 
     @contextlib.contextmanager
     def session(self, token):
@@ -571,8 +598,6 @@ class Pool:
             if session is None:
                 session = self.connect()
                 session.prove({"token": token}, self.on_progress)
-                lease, left = session.ready["lease"], session.ready["budget_left"]
-                self.first_budgets.setdefault(lease, left)
                 self.newest = session
             self._note(session)
             self.accepted[owner] = float("inf")
@@ -586,12 +611,16 @@ class Pool:
                 else:
                     self._end(session)
                     self.accepted.pop(owner, None)
-                self.changed.notify()
+                self.changed.notify_all()
 
     def _note(self, session):
         self.seen = time.monotonic()
         if session.told >= self.told:
             self.facts, self.told = session.ready, session.told
+            lease, budget, left = (self.facts[name] for name in ("lease", "budget", "budget_left"))
+            if 10 * left < budget and self.warned != (lease, budget):
+                self.warned = (lease, budget)
+                say(f"warning: lease {lease}: {left:,} of {budget:,} bytes of egress are left")
 
     def accepts(self, token):
         """Whether the enclave is known to have accepted this token lately; it is not asked."""
@@ -626,23 +655,23 @@ class Pool:
             session.close()
 
     def close(self):
-        """End the idle sessions."""
+        """End the sessions, those in use once they are not, if that is soon."""
         with self.changed:
+            self.changed.wait_for(lambda: len(self.idle) == self.count, DRAIN_SECONDS)
             while self.idle:
                 self._end(self.idle.pop()[1])
 
 
 # ==== the HTTP API
 
-HEAD_SECONDS = 30  # until a request's head is whole, idle time on a kept connection included
-BODY_SECONDS = 30
-WRITE_SECONDS = 30  # for the client to take what we send
+# Until a request's head is whole, idle time on a kept connection included; until its body is; for
+# the client to take what we send.
+HEAD_SECONDS = BODY_SECONDS = WRITE_SECONDS = 30
 LINGER_SECONDS = 2  # for a client to read our answer to a body that we did not
-CONNECTIONS = 128  # at once, a thread each
-BODY_LIMIT = mp.REQUEST_FRAME
+CONNECTIONS, BODY_LIMIT = 128, mp.REQUEST_FRAME  # at once, a thread each; bytes
 BODY_FIELDS = {"content-length", "transfer-encoding"}  # of the head of a request with a body
-HEALTH_SECONDS = 30  # between two handshakes for the health alone: they are metered as all are
-RETRY_SECONDS = 5
+# Between two handshakes for the health alone, metered as all are; what we tell those to come back.
+HEALTH_SECONDS, RETRY_SECONDS = 30, 5
 COMPLETION_TOKENS = 16  # OpenAI's default where there are no messages
 STATUSES = dict.fromkeys((*mp.REFUSALS, "policy_refused", "bad_message"), 400)
 STATUSES |= {"token_refused": 401, "busy": 429, "timeout": 504}  # else 503
@@ -758,13 +787,13 @@ class Answer:
     """The objects in OpenAI's form that one answer is made of."""
 
     def __init__(self, is_chat, is_stream, ready):
-        self.is_chat, self.is_stream = is_chat, is_stream
+        # The role is told in a stream's first chunk.
+        self.is_chat, self.is_stream, self.role = is_chat, is_stream, {"role": "assistant"}
         name = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
         kind = "chat.completion" if is_chat else "text_completion"
         kind += ".chunk" if is_chat and is_stream else ""
         self.base = {"id": name, "object": kind, "created": int(time.time())}
         self.base |= {"model": ready["asset"], "system_fingerprint": "fp_" + ready["model"][:16]}
-        self.role = {"role": "assistant"}  # of a stream's first chunk
 
     def make(self, text, reason=None, **more):
         """One object: the whole answer, or a chunk of a stream."""
@@ -795,9 +824,7 @@ def read_console():
 
 
 class Deadline(socket.SocketIO):
-    """What a client sends; every read must be done by the time `until`."""
-
-    until = 0
+    """What a client sends; every read must be done by the time `until`, which is to be set."""
 
     def readinto(self, buffer):
         """Read what there is. Raises TimeoutError."""
@@ -836,10 +863,10 @@ class Server(BoundedServer):
 
     def __init__(self, address, pool, inlet, vocabulary=None):
         self.pool, self.inlet, self.vocabulary = pool, inlet, vocabulary
-        self.lock = threading.Lock()  # of the counts
         self.counts = collections.Counter(requests_running=0, requests_waiting=0)
-        self.health_lock = threading.Lock()  # of the health: held while the enclave is asked
         self.health = (float("-inf"), "")  # when it was asked for, and what it was
+        # Of the counts; of the health, held while the enclave is asked.
+        self.lock, self.health_lock = threading.Lock(), threading.Lock()
         self.page, self.page_head = read_console()
         super().__init__(address, Handler, CONNECTIONS)
 
@@ -868,8 +895,9 @@ class Server(BoundedServer):
         with self.lock:
             values = dict(self.counts)
         values |= {"egress_bytes_total": self.inlet.received, "sessions": self.pool.count}
-        for name, field in (("budget_left_bytes", "budget_left"), ("engine_restarts", "restarts")):
-            values |= {name: self.pool.facts[field]} if field in self.pool.facts else {}
+        if facts := self.pool.facts:
+            values |= {f"{name}_bytes": facts[name] for name in ("budget", "budget_left")}
+            values["engine_restarts"] = facts["restarts"]
         lines = []
         for name, value in sorted(values.items()):
             family = name.partition("{")[0]
@@ -890,7 +918,6 @@ class Server(BoundedServer):
             "meter": {"rate": meter.rate, "burst": meter.burst, "received": self.inlet.received},
             "sessions": {"open": pool.count, "idle": len(pool.idle), "limit": pool.limit},
             "enclave": pool.facts,
-            "first_budget": pool.first_budgets[newest.ready["lease"]],
         }
 
 
@@ -944,8 +971,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.fail(error)
         except ProtocolError as error:
             self.fail(http_error(error))
-        except Failure:
-            self.fail(HttpError(503, "the proxy is not set up for this enclave"))
+        except Failure as error:
+            say(f"error: {error}")
+            self.fail(HttpError(503, "the proxy can't do this: its operator is told why"))
 
     do_GET = do_POST = answer
 
@@ -1017,24 +1045,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Both kinds of completion, whole or as a stream."""
         request, stops, fields = parse_request(self.read_body(), is_chat)
         is_stream, server = fields.get("stream", False), self.server
-        with contextlib.ExitStack() as stack, contextlib.ExitStack() as waiting:
-            for name, until in (("running", stack), ("waiting", waiting)):
+        stack, running, waiting = (contextlib.ExitStack() for _ in range(3))
+        with stack, running, waiting:
+            for name, until in (("running", running), ("waiting", waiting)):
                 server.count(f"requests_{name}")
                 until.callback(server.count, f"requests_{name}", -1)
             session = stack.enter_context(server.pool.session(token))
             if fields["model"] != session.ready["asset"]:
                 text = f"The model `{fields['model'][:100]}` does not exist here"
                 raise HttpError(404, text, "model_not_found", "model")
-            stack.callback(self.count_tokens, session)
+            running.callback(self.count_tokens, session)
             pieces = session.generate(request, server.vocabulary, stops, self.is_gone)
-            stack.enter_context(contextlib.closing(pieces))
+            running.enter_context(contextlib.closing(pieces))
             first = next(pieces, "")
             waiting.close()
             answer = Answer(is_chat, is_stream, session.ready)
             if is_stream:
                 return self.stream(answer, session, first, pieces, fields)
             text, final = first + "".join(pieces), session.final
-        self.reply(200, answer.make(text, final["finish_reason"], usage=final["usage"]))
+            running.close()
+            self.reply(200, answer.make(text, final["finish_reason"], usage=final["usage"]))
 
     def count_tokens(self, session):
         """Count an answer's tokens, also of one that was cancelled."""
@@ -1097,8 +1127,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ==== relay
 
-RELAYED = 64  # connections at once
-RELAY_IDLE_SECONDS = 1800  # longer than an enclave keeps an idle session
+# Connections at once; seconds, longer than an enclave keeps an idle session.
+RELAYED, RELAY_IDLE_SECONDS = 64, 1800
 
 
 class Relay(BoundedServer):
@@ -1220,13 +1250,13 @@ def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
     parts, before, start = [], options.inlet.received, time.monotonic()
     with pool.session(token) as session, interruptible() as is_gone:
         stops = request.pop("stop", ())
-        pieces = session.generate(request, options.vocabulary, stops, is_gone)
-        with contextlib.closing(pieces):
+        answer = session.generate(request, options.vocabulary, stops, is_gone)
+        with contextlib.closing(answer) as pieces:
             for piece in pieces:
                 parts.append(piece)
                 show(piece)
-        final = session.final
     show("\n")
+    final = session.final
     count, used = final["usage"]["completion_tokens"], options.inlet.received - before
     speed = count / (time.monotonic() - start)
     left, reason = final["budget_left"], final["finish_reason"]
@@ -1327,8 +1357,7 @@ EXPLAINED = ("measurement", "withdrawn", "model", "PCRs at zero", *(f"PCR {n}" f
 
 def print_checks(checks, reference):
     """The root of the evidence, then every check."""
-    root = reference["root"]
-    print(f"root: {root} ({ROOTS[root.partition(':')[0]]})")
+    print(f"root: {reference['root']} ({ROOTS[reference['root'].partition(':')[0]]})")
     for check in checks:
         facts = f"{check.name}: expected {check.expected}, got {check.got}"
         print("ok    " if check.ok else "FAILED", facts, flush=True)
@@ -1356,12 +1385,13 @@ def run_attest(options):
 
 
 def explain(log, options, facts):
-    """Write an event log to its file; what tools/eventlog.py says of the PCRs in it, by line."""
+    """Write an event log to its file; what tools/eventlog.py says of the PCRs in it, by line.
+
+    Without a checkout's tools that is Python's word that there is no such file.
+    """
     with open(options.log, "wb") as file:
         file.write(log)
     tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "eventlog.py")
-    if not os.path.exists(tool):
-        return [f"{options.log}: tools/eventlog.py of a checkout explains it"]
     facts = json.dumps(facts | {"event_log": options.reference.get("event_log", "")})
     command = [sys.executable, "-B", tool, options.log, "--attested", "/dev/stdin"]
     done = subprocess.run(command, input=facts, capture_output=True, text=True)
@@ -1379,10 +1409,11 @@ def address_of(text):
 
 REACH = "host port rate-kb "
 VERIFY = REACH + "reference expected-measurement psk model allow-unconfined "
-TALK = VERIFY + "token-file vocabulary max-tokens temperature top-p top-k seed stop system raw "
+LOGGED = VERIFY + "vocabulary audit-log "
+TALK = LOGGED + "token-file max-tokens temperature top-p top-k seed stop system raw "
 VERBS = {  # verb: function, help, flags
     "chat": (run_chat, "talk to the model (the default)", TALK + "prompts-file output-file"),
-    "serve": (run_serve, "OpenAI-compatible HTTP API", VERIFY + "listen vocabulary sessions"),
+    "serve": (run_serve, "OpenAI-compatible HTTP API", LOGGED + "listen sessions"),
     "relay": (run_relay, "plain metered TCP relay to the enclave", REACH + "listen"),
     "attest": (run_attest, "verify the enclave and print every check", VERIFY + "role json log"),
 }
@@ -1399,6 +1430,7 @@ FLAGS = {  # flag: type, default, help
     "allow-unconfined": (bool, False, "accept an enclave without confinement"),
     "token-file": (read_token, None, "file of the access token (chat: or MUENCLAVE_TOKEN is set)"),
     "vocabulary": (read_vocabulary, None, "token table (.vocab), to see answers as they come"),
+    "audit-log": (AuditLog, None, "file to add each exchange to, for the owner's replay audit"),
     "prompts-file": (read_prompts, None, "prompts, one a line, or a JSON list"),
     "output-file": (str, None, "where their answers go, as JSON (stdout)"),
     "system": (str, None, "system message"),
@@ -1446,6 +1478,10 @@ def connector(options, **wanted):
     role = "owner" if is_owner else getattr(options, "role", "user")
     wanted |= {"model": options.model.digest if options.model else None}
     wanted |= {"allow_unconfined": options.allow_unconfined}
+    if getattr(options, "audit_log", None):
+        if options.vocabulary is None:
+            raise Failure("--audit-log needs --vocabulary FILE: text does not tell the token ids")
+        wanted |= {"record": options.audit_log.write}
     address = (options.host, options.port)
     return lambda: Session(address, options.reference, options.psk, role, options.inlet, **wanted)
 

@@ -85,12 +85,9 @@ class Serving(unittest.TestCase):
 
     def ids(self, session, request):
         """The ids of an answer, and its last record."""
-        session._vocabulary = muproxy.read_vocabulary(self.site.vocabulary)
-        session._send(request)
-        found = []
-        while isinstance(message := session._receive(LOAD_SECONDS, mp.FINAL), list):
-            found += message
-        return found, message
+        table = muproxy.read_vocabulary(self.site.vocabulary)
+        found = [token for ids in session.exchange(request, table) for token in ids]
+        return found, session.final
 
     def test_1_it_is_what_was_built(self):
         self.assertEqual(host.attest(self.host.port, self.reference), ({}, 0))
