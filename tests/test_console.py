@@ -225,9 +225,10 @@ class Http(unittest.TestCase):
         self.assertTrue(0 < sessions["idle"] <= sessions["open"])
         with owner() as session:
             told = session.command({"status": True})
-        for name in ("model", "asset", "lease", "context"):
+        for name in ("model", "asset", "lease", "context", "budget"):
             self.assertEqual(known["enclave"][name], told[name])
-        self.assertTrue(known["enclave"]["budget_left"] <= known["first_budget"] <= BUDGET)
+        self.assertEqual(known["enclave"]["budget"], now["budget_bytes"])
+        self.assertTrue(known["enclave"]["budget_left"] <= known["enclave"]["budget"])
 
     def test_nothing_secret_is_shown(self):
         texts = request("GET", "/")[2] + json.dumps(state()) + request("GET", "/metrics")[2]
@@ -442,12 +443,26 @@ class Browser(unittest.TestCase):
         self.wait(lambda: received in self.text("received"))
         left = after["enclave"]["budget_left"]
         self.wait(lambda: self.text("left") == f"{left:,} bytes")
-        self.assertTrue(self.text("share").startswith(f"{left / after['first_budget']:.1%}"[:-1]))
+        self.assertTrue(
+            self.text("share").startswith(f"{left / after['enclave']['budget']:.1%}"[:-1])
+        )
+        self.assertFalse(self.find("low").is_displayed())
         peak = int(re.sub("[^0-9]", "", self.text("rate-top")))
         self.assertGreater(peak, 0)
         self.assertIn(f"{after['meter']['rate']:,} bytes/s", self.text("rate-limit"))
         self.assertGreaterEqual(curve.get_attribute("d").count("M"), 3)
         self.wait(lambda: self.text("rate") == "0 bytes/s")
+
+    def test_budget_that_is_nearly_spent(self):
+        """Said once it is less than a tenth, and no longer once more was granted."""
+        self.open()
+        self.wait(lambda: self.text("left"))
+        script = "clearTimeout(timer); showLease(0, arguments[0], 1000)"
+        for left, is_low in ((100, False), (99, True), (0, True), (1000, False)):
+            self.driver.execute_script(script, left)
+            self.assertEqual(self.find("low").is_displayed(), is_low)
+            self.assertEqual("Less than a tenth of the budget" in self.text("low"), is_low)
+        self.assertEqual(self.text("share"), "100.0 % of the budget")
 
     def test_stop(self):
         """In the middle of an answer: what came stays, the enclave is free, a new one comes."""
