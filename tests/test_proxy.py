@@ -1326,6 +1326,51 @@ class Api(Case):
         self.assertEqual(json.loads(done.stdout), {"status": "ready"})
 
 
+class Warnings(Case):
+    """What is told before a budget is spent."""
+
+    LESS = (
+        r"(?m)^muproxy: warning: lease [0-9a-f]{32}: [0-9,]+ of [0-9,]+ bytes of egress are left$"
+    )
+
+    def test_nine_tenths(self):
+        """Once for a budget, by every program; and again once more was granted and spent."""
+        extra, said = self.enclave(), io.StringIO()
+        extra.unlock(budget=1000)
+        pool = muproxy.Pool(lambda: open_session(extra.address))
+        self.addCleanup(pool.close)
+        server = muproxy.Server(("127.0.0.1", 0), pool, free_inlet())
+        self.addCleanup(server.server_close)
+        request = {"prompt": "The", "temperature": 2, "seed": 1, "max_new_tokens": 40}
+
+        def spend():
+            while 10 * pool.facts.get("budget_left", 1000) >= pool.facts.get("budget", 1000):
+                self.assertEqual(re.findall(self.LESS, said.getvalue()), [])
+                with pool.session(token()) as session:
+                    list(session.generate(request, vocabulary()))
+
+        with contextlib.redirect_stderr(said):
+            spend()
+            for _ in range(2):
+                with pool.session(token()):
+                    pass
+        self.assertEqual(len(re.findall(self.LESS, said.getvalue())), 1, said.getvalue())
+        self.assertIn("muproxy_budget_bytes 1000\n", server.metrics())
+        done = own("status", *extra.flags("owner"))
+        self.assertIn("warning: less than a tenth of the budget is left", done.stdout)
+        flags = [*extra.flags(), "--token-file", site.token]
+        done = proxy(*flags, input="quit\n")
+        self.assertEqual((done.returncode, len(re.findall(self.LESS, done.stderr))), (0, 1))
+        extra.unlock(budget=1000)
+        pool.close()
+        with contextlib.redirect_stderr(said := io.StringIO()):
+            with pool.session(token()):
+                pass
+            self.assertIn("muproxy_budget_bytes 2000\n", server.metrics())
+            spend()
+        self.assertEqual(len(re.findall(self.LESS, said.getvalue())), 1, said.getvalue())
+
+
 class Losses(Case):
     """An enclave that is locked, killed and started again."""
 
@@ -1602,6 +1647,11 @@ class CommandLine(Case):
         done = own("status", *self.owner)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertIn("status: ready", done.stdout)
+        told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+        budget, left = int(told["budget"]), int(told["budget left"])
+        self.assertEqual((budget, told["spent"]), (10**7, f"{1 - left / budget:.1%} of the budget"))
+        self.assertRegex(told["head"], "^[0-9a-f]{64}$")
+        self.assertNotIn("warning", told)
         self.assertFails(2, "whose token", own("revoke", *self.owner))
         for given in (["--token-file", site.other] * 2, ["--token-hash", "0" * 64]):
             done = own("revoke", *self.owner, *given)
@@ -1632,9 +1682,35 @@ class CommandLine(Case):
             self.assertEqual(done.stdout, "")
         self.assertFalse(self.ledger.exists())
 
+    def test_lease_as_the_flags_say(self):
+        parser = muproxy.make_parser("owner", "", owner.VERBS, owner.FLAGS, owner.CHOICES)
+        plain = {"verified": False, "latency_ms": 0, "shape": "plain"}
+        other = ["--verified", "--latency-ms", "250", "--shape", "constant"]
+        for flags, policy in (
+            ([], plain),
+            (other, {"verified": True, "latency_ms": 250, "shape": "constant"}),
+        ):
+            options = parser.parse_args(["unlock", "--token-file", str(site.token), *flags])
+            lease = owner.make_lease(options)
+            self.assertEqual(lease["policy"], policy)
+            more = {"id": "00" * 16, "sequence": 1, "budget": 1}
+            self.assertTrue(mp.is_object(mp.LEASE)(lease | more))
+
+    def test_verified_lease(self):
+        """The policy reaches the enclave: it refuses what a replay could not follow."""
+        extra = self.enclave()
+        flags = ["--token-file", site.token, "--rate", FREE_RATE, "--budget", 10**5, "--verified"]
+        new = ["--new-ledger", "--lifetime-budget", 10**6]
+        done = own("unlock", *self.owned(extra), *flags, *new)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        with contextlib.closing(open_session(extra.address)) as session:
+            session.prove({"token": token()})
+            self.assertCode("policy_refused", session.generate, chat(top_k=5), vocabulary())
+            self.assertIn(ZEN, "".join(session.generate(chat(), vocabulary())))
+
     def test_unlock_refusals(self):
         lease = ["--token-file", site.token]
-        for flag in ("--burst", "--rate", "--budget", "--lifetime-budget"):
+        for flag in ("--burst", "--rate", "--budget", "--lifetime-budget", "--latency-ms"):
             self.assertFails(2, flag, own("unlock", *self.owner, *lease, flag, -5))
         self.assertFails(2, "--token-file", own("unlock", *self.owner, "--budget", 10**6))
         self.assertFails(2, "--new-ledger", own("unlock", *self.owner, *lease))

@@ -94,17 +94,19 @@ def make_lease(options):
     """A lease as the flags say, without what the ledger gives it. Raises Failure."""
     lease = {name: getattr(options, name) for name in ("rate", "burst", "expiry")}
     lease |= {"users": [mp.token_hash(token) for token in options.token_file or ()]}
-    lease |= {"policy": {"verified": False, "latency_ms": 0, "shape": "plain"}}
-    wrong = [f"--{name}" for name in lease if not mp.LEASE[name](lease[name])]
+    policy = {name: getattr(options, name) for name in ("verified", "latency_ms", "shape")}
+    limits = mp.LEASE | mp.POLICY
+    wrong = [name for name, value in (lease | policy).items() if not limits[name](value)]
     for name in ("budget", "lifetime_budget"):
         value = getattr(options, name)
         if value is not None and not mp.LEASE["budget"](value):
-            wrong.append(f"--{name.replace('_', '-')}")
+            wrong.append(name)
     if wrong:
-        raise Failure(f"out of range: {', '.join(wrong)}")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise Failure(f"out of range: {flags}")
     if not lease["users"]:
         raise Failure("a lease admits access tokens: --token-file FILE, once for each")
-    return lease
+    return lease | {"policy": policy}
 
 
 def ledger_path(options):
@@ -226,8 +228,15 @@ def print_left(book, asset):
 
 def print_status(ready):
     """READY, a line for each thing that an owner wants to know."""
-    for name in ("status", "asset", "model", "lease", "budget_left", "restarts", "context"):
+    names = "status asset model lease budget budget_left restarts context head"
+    for name in names.split():
         print(f"{name.replace('_', ' ')}: {ready[name] if ready[name] != '' else 'none'}")
+    budget, left = ready["budget"], ready["budget_left"]
+    if budget:
+        print(f"spent: {(budget - left) / budget:.1%} of the budget")
+    if 10 * left < budget:
+        text = "the enclave locks at its end; another unlock adds to it"
+        print(f"warning: less than a tenth of the budget is left: {text}")
     sys.stdout.flush()
 
 
@@ -244,7 +253,7 @@ def run_keygen(options):
 # ---------------------------------------------------------------- the command line
 
 OWN = muproxy.VERIFY + "key passphrase-file development ledger witness "
-LEASE = "token-file budget lifetime-budget new-ledger rate burst expiry"
+LEASE = "token-file budget lifetime-budget new-ledger rate burst expiry verified latency-ms shape"
 VERBS = {  # verb: function, help, flags
     "unlock": (run_unlock, "verify, then release the weights key with a lease", OWN + LEASE),
     "status": (run_owner, "ask an unlocked enclave how it is", OWN),
@@ -252,7 +261,7 @@ VERBS = {  # verb: function, help, flags
     "revoke": (run_owner, "strike an access token from the lease", OWN + "token-file token-hash"),
     "keygen": (run_keygen, "make an access token or a provisioning secret", "what file"),
 }
-CHOICES = {"what": ("token", "psk")}
+CHOICES = {"what": ("token", "psk"), "shape": ("plain", "constant")}
 FLAGS = muproxy.FLAGS | {  # flag: type, default, help
     "token-file": (muproxy.read_token, None, "file of an access token; for a lease, once for each"),
     "key": (str, None, "file of the weights key"),
@@ -266,6 +275,9 @@ FLAGS = muproxy.FLAGS | {  # flag: type, default, help
     "rate": (int, mp.DEFAULT_RATE, "inner meter: bytes a second"),
     "burst": (int, mp.DEFAULT_BURST, "inner meter: bytes at once"),
     "expiry": (int, 86400, "seconds until the lease ends (86400)"),
+    "verified": (bool, False, "for replay audits: a seed, and of the sampling only temperature"),
+    "latency-ms": (int, 0, "how long ids may wait for a cell to fill (0)"),
+    "shape": (str, "plain", "constant: a cell leaves at each tick of an answer, empty or not"),
     "token-hash": (str, None, "of the access token, as keygen printed it"),
 }
 
