@@ -12,6 +12,7 @@ from fuzz_gate import as_data
 
 REQUEST = '{"prompt":"The","max_new_tokens":3}'
 HELD = f'{{"prompt":"{gate.HOLD}","max_new_tokens":60}}'
+SCORE = '{"prompt":"The","seed":1,"score":{"ids":%s,"tolerance":0.5}}'
 CANCEL, STATUS = '{"cancel":true}', '{"status":true}'
 GOOD = {"challenge": gate.CHALLENGE % "user", **gate.TOKENS, "request": REQUEST, "command": STATUS}
 BATCH = 20  # messages before their replies are read
@@ -503,6 +504,21 @@ def two_requests(chance):
 
 
 @case
+def scores(chance):
+    """An owner has answers judged: of no ids, of many, of ids that nobody has; a user may not."""
+    lists = ("[]", "[0]", "[1,2,3]", "[299]", "[300]", str([7] * 500), "[16777216]")
+    lists += ("[16777217]", "[-1]", "[1.0]", "[true]", "{}", "null", "[[1]]", '["1"]')
+    bodies = [SCORE % ids for ids in lists]
+    bodies += [(SCORE % "[1]").replace("0.5", value) for value in ("0", "1000000", "-1", "1e7")]
+    bodies += [(SCORE % "[1]").replace('"seed":1', more) for more in ('"top_k":5', '"stop":["a"]')]
+    actions = [action for body in bodies for action in (do("say", data=body), do("read"))]
+    yield session("owner", *actions, do("say", data=STATUS), do("read"))
+    yield session("user", *actions, do("say", data=REQUEST), do("read"))
+    for how in ("close", "half", "reset"):
+        yield session("owner", do("say", data=SCORE % "[1,2,3]"), do("leave", how=how))
+
+
+@case
 def pipelining(chance):
     """Everything at once: a hundred messages before a reply is read."""
     for role, body in (("user", '{"prompt":1}'), ("owner", STATUS)):
@@ -592,6 +608,9 @@ def random_talk(chance, role):
         if role == "user" and chance.random() < 0.05:
             body = chance.choice((HELD, REQUEST, CANCEL))
         actions.append(do("say", data=body))
+        if role == "owner" and chance.random() < 0.2:
+            scored = mutated(chance, ("score", "score_chat"), wrong=0.5)
+            actions += [do("read"), do("say", data=scored), do("read")]
         if body == HELD:
             actions.append(do("say", data=chance.choice((CANCEL, CANCEL, "{}", REQUEST))))
         actions += [do("read")] * (number % BATCH == 0)

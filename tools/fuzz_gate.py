@@ -59,7 +59,7 @@ TOKENS = {"user": '{"token":"@TOKEN@"}', "owner": '{"key":"@KEY@","model":"@MODE
 LEASE = (
     '{"id":"@LEASE@","sequence":@SEQUENCE@,"rate":1000000000,"burst":1048576,'
     '"budget":1099511627776,"expiry":86400,"users":["@USER@"],'
-    '"policy":{"verified":false,"latency_ms":0}}'
+    '"policy":{"verified":false,"latency_ms":0,"shape":"plain"}}'
 )
 UNLOCK = f'{{"key":"@KEY@","model":"@MODEL@","lease":{LEASE}}}'
 
@@ -228,10 +228,12 @@ class Local:
             return False
         with contextlib.suppress(oracle.Refused):
             lease = oracle.parse(body, "unlock")[1].get("lease", {"rate": FREE, "burst": 1 << 20})
-            policy = lease.get("policy", {"verified": False, "latency_ms": 0})
+            policy = {"verified": False, "latency_ms": 0, "shape": "plain"}
+            policy = lease.get("policy", policy)
             is_slow = lease["rate"] < FREE // 10 or lease["burst"] < 1 << 20
             is_short = lease.get("expiry", 3600) < 3600 or lease.get("budget", FREE) < FREE
-            return is_slow or is_short or policy["verified"] or policy["latency_ms"] > 0
+            is_other = policy["verified"] or policy["latency_ms"] > 0
+            return is_slow or is_short or is_other or policy["shape"] != "plain"
         return False
 
     def left_over(self):
@@ -279,8 +281,11 @@ def play_engine(gate):
                 gate.sendall(mp.PIPE.pack(mp.REFUSED, slot, 0))
                 continue
             said = mp.PIPE.pack(mp.LENGTH, slot, min(1 + len(text), CONTEXT))
-            for number in range(min(message.get("max_new_tokens", 5), 5)):
-                said += mp.PIPE.pack(mp.ID, slot, (7 * number + len(text)) % VOCABULARY)
+            count, size = min(message.get("max_new_tokens", 5), 5), VOCABULARY
+            if "score" in message:
+                count, size = 2 * len(message["score"]["ids"]) + 2, len(mp.CODES)
+            for number in range(count):
+                said += mp.PIPE.pack(mp.ID, slot, (7 * number + len(text)) % size)
             if text.startswith(HOLD):
                 held.add(slot)
             else:

@@ -8,6 +8,7 @@ counter nonces. Nothing here is quick or kind: it says yes or no, and with which
 import collections
 import hashlib
 import hmac
+import json
 import re
 import struct
 
@@ -21,7 +22,7 @@ prompt_invalid prompt_too_long too_many_tokens policy_refused busy draining""".s
 # What a session outlives, besides a message of the wrong form.
 MENDABLE = "prompt_invalid prompt_too_long too_many_tokens policy_refused busy engine_lost".split()
 HANDSHAKE_LIMIT, REQUEST_LIMIT, MESSAGE_LIMIT = 4096, 1 << 20, 8 << 20  # bytes
-CELL = 512  # bytes on the wire of each record from the enclave
+CELL = 480  # bytes on the wire of each record from the enclave
 DEPTH = 16  # containers within each other
 DIGITS = 4300  # of an integer
 BIG = 1 << 53
@@ -33,7 +34,7 @@ FORMS = {
     "posture": "confinement one full seccomp none; debug bool",
     "measurement": "measurement hex 32; nonce hex 32; share hex 384; model hex 32;"
     "status one locked loading ready; posture form posture",
-    "policy": "verified bool; latency_ms int 0 10000",
+    "policy": "verified bool; latency_ms int 0 10000; shape one plain constant",
     "lease": f"id hex 16; sequence int 1 {BIG}; rate int 64 {1 << 40}; burst int 16384 {1 << 40};"
     f"budget int 1 {1 << 50}; expiry int 1 316224000; users list 0 32 hex 32; policy form policy",
     "unlock": "key hex 32; model hex 32; lease? form lease",
@@ -47,6 +48,9 @@ FORMS = {
         "encoding? one ids text; date? text 1 64"
     ),
     "chat": f"messages list 1 1024 form turn; {options}",
+    "scored": "ids list 0 262144 int 0 16777216; tolerance number 0 1000000",
+    "score": f"prompt text 0 1048576; {options}; score form scored",
+    "score_chat": f"messages list 1 1024 form turn; {options}; score form scored",
     "turn": "role one system user assistant; content text 0 1048576",
     "cancel": "cancel true",
     "status": "status true",
@@ -54,13 +58,14 @@ FORMS = {
     "revoke": "revoke hex 32",
     "progress": "status one loading; progress int 0 10",
     "ready": f"status one locked ready; lease lease; sequence int 0 {BIG}; budget_left int 0 {BIG};"
-    f"restarts int 0 {BIG}; model hex 32; asset name; vocabulary hex 32; context int 0 {BIG}",
+    f"budget int 0 {BIG}; head hex 32; restarts int 0 {BIG}; model hex 32; asset name;"
+    f"vocabulary hex 32; context int 0 {BIG}",
     "logged": "log bytes",
-    "error": f"error one {' '.join(CODES)}; limit? int 0 {BIG}",
+    "error": f"error one {' '.join(CODES)}; limit? int 0 {BIG}; heads? list 2 2 hex 32",
     "usage": f"prompt_tokens int 0 {BIG}; completion_tokens int 0 {BIG}; total_tokens int 0 {BIG}",
     "final": f"elapsed_ms int 0 {BIG}; finish_reason one stop length cancelled; usage form usage;"
     f"budget_left int 0 {BIG}; restarts int 0 {BIG}; completion? text 0 {MESSAGE_LIMIT};"
-    "head hex 32",
+    "heads list 2 2 hex 32",
     "closing": f"lease hex 16; spent int 0 {BIG}; head hex 32; mac hex 32",
     "closed": "closing form closing",
     "file": f"path name; offset int 0 {BIG}; size int 0 {BIG}",
@@ -375,12 +380,13 @@ class World:
     """What all sessions of one enclave share.
 
     model, key: digest and weights key in hexadecimal. tokens: hashes of access tokens that are in
-    the lease. is_ready: whether there is a lease. is_over: why all sessions end, or None.
+    the lease. is_ready: whether there is a lease. is_over: why all sessions end, or None. covers:
+    whether a lease has had cells sent in which there is nothing.
     """
 
     def __init__(self, model, key, users=(), is_ready=False):
         self.model, self.key, self.users, self.is_ready = model, key, set(users), is_ready
-        self.seen, self.sequence, self.is_over = set(), 0, None
+        self.seen, self.sequence, self.is_over, self.covers = set(), 0, None, False
 
     def take(self, lease):
         """A further lease. Raises Refused("lease_refused")."""
@@ -388,6 +394,7 @@ class World:
             raise Refused("lease_refused")
         self.seen.add(lease["id"])
         self.sequence, self.users, self.is_ready = lease["sequence"], set(lease["users"]), True
+        self.covers |= lease["policy"]["shape"] == "constant"
 
 
 class Peer:
@@ -402,7 +409,7 @@ class Peer:
     def __init__(self, world):
         self.world, self.stage, self.role, self.user = world, "challenge", None, None
         self.wire, self.due, self.is_ending = b"", collections.deque(), False
-        self.has_changed, self.is_told, self.ids = False, False, 0
+        self.has_changed, self.is_told, self.ids = False, False, []
         self.challenge = self.records = self.answers = None
 
     def feed(self, data):
@@ -490,7 +497,10 @@ class Peer:
                 kind = ("wrong", error.code)
             self.due.append(kind)
             return
-        form, command = parse(body, "status", "lock", "revoke")
+        form, command = parse(body, "status", "lock", "revoke", "score", "score_chat")
+        if "score" in command:
+            self.due.append(("answer", command))
+            return
         self.due.append(("closed",) if form == "lock" and self.world.is_ready else ("ready",))
         if form == "revoke" and command["revoke"] in self.world.users:
             self.world.users.discard(command["revoke"])
@@ -533,11 +543,12 @@ class Peer:
         if kind == 1:
             if first[0] != "answer" or first[1].get("encoding") == "text":
                 raise Refused("packed ids where none are due")
-            if not body:
+            if not body and not self.world.covers:
                 raise Refused("a record of no ids")
+            vocabulary = (8, 256) if "score" in first[1] else vocabulary
             if vocabulary:
                 try:
-                    self.ids += len(unpack_ids(body, *vocabulary))
+                    self.ids += unpack_ids(body, *vocabulary)
                 except Refused:
                     raise Refused(f"packed ids are not canonical: {body.hex()}") from None
             return
@@ -568,18 +579,20 @@ class Peer:
     def check_error(self, reply, first, text):
         """An error: of a message of the wrong form, or of a request that can't be met."""
         if first[0] in ("error", "wrong"):
-            if first[1] != reply["error"] or "limit" in reply:
+            if first[1] != reply["error"] or {"limit", "heads"} & reply.keys():
                 raise Refused(text)
             self.due.popleft()
         elif first[0] == "answer":
             self.due.popleft()
-            self.ids = 0
+            request, ids, self.ids = first[1], self.ids, []
             after = self.due[0] if self.due else None
             cut = {"wrong": after and after[-1], "answer": "bad_message"}
             if after and reply == {"error": cut.get(after[0])}:
                 self.due.popleft()  # it came while the answer ran, and ended it
             elif reply["error"] not in MENDABLE:
                 raise Refused(text)
+            elif "heads" in reply:
+                self.check_heads(reply["heads"], request, ids, reply["error"])
         else:
             raise Refused(text)
 
@@ -595,10 +608,26 @@ class Peer:
             raise Refused("an answer was cancelled by nobody")
         if usage["prompt_tokens"] + usage["completion_tokens"] != usage["total_tokens"]:
             raise Refused("the counts do not add up")
-        if usage["completion_tokens"] > request.get("max_new_tokens", BIG):
+        limit = request.get("max_new_tokens", BIG)
+        if "score" in request:
+            limit = 2 * len(request["score"]["ids"]) + 2
+        if usage["completion_tokens"] > limit:
             raise Refused("more tokens than were asked for")
         if is_text != ("completion" in reply):
             raise Refused("text where ids were asked for, or the other way round")
-        if self.ids and self.ids != usage["completion_tokens"]:
+        ids, self.ids = self.ids, []
+        if ids and len(ids) != usage["completion_tokens"]:
             raise Refused("the count is not that of the ids that came")
-        self.ids = 0
+        if len(ids) == usage["completion_tokens"]:
+            self.check_heads(reply["heads"], request, ids, reply["finish_reason"])
+
+    def check_heads(self, heads, request, ids, ending):
+        """The chain of exchanges, where all that is in it is known: a lease of ours, a seed."""
+        first, last = heads
+        links = set()
+        for lease in self.world.seen:
+            exchange = {"lease": lease, "request": request, "ids": ids, "ending": ending}
+            data = json.dumps(exchange, sort_keys=True, separators=(",", ":")).encode()
+            links.add(hashlib.sha256(bytes.fromhex(first) + data).hexdigest())
+        if links and "seed" in request and last not in links:
+            raise Refused("the head of the chain does not follow from the one before it")

@@ -39,7 +39,10 @@ SCHEMAS = {  # target: (schemas of muprotocol, forms of the oracle)
     "owner-token": ((mp.UNLOCK, mp.LOG), ("unlock", "log")),
     "user-token": ((mp.ACCESS,), ("access",)),
     "request": ((mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL), ("generate", "chat", "cancel")),
-    "command": (mp.OWNER, ("status", "lock", "revoke")),
+    "command": (
+        (*mp.OWNER, *mp.SCORE),
+        ("status", "lock", "revoke", "score", "score_chat"),
+    ),
     "progress": ((mp.PROGRESS, mp.READY, mp.ERROR), ("progress", "ready", "error")),
     "final": ((mp.FINAL, mp.ERROR), ("final", "error")),
     "logged": ((mp.LOGGED, mp.ERROR), ("logged", "error")),
@@ -542,7 +545,7 @@ def check_pipe(data):
 
 def new_reply(slot):
     """A reply as Gate.open_reply makes it."""
-    lease = {"policy": {"latency_ms": 0}}
+    lease = {"policy": {"latency_ms": 0, "shape": "plain"}}
     reply = types.SimpleNamespace(slot=slot, ids=collections.deque(), due=0, lease=lease)
     reply.limit, reply.ending, reply.error, reply.prompt_tokens = LIMIT, None, None, 0
     return reply
@@ -572,7 +575,7 @@ def make_pipe(chance):
 # ------------------------------------------------------- a hostile enclave, as the proxy sees it
 # Data: records as above, which the proxy gets as the answer to a request.
 
-READY = {"vocabulary": "", "asset": "demo", "model": "00" * 32}
+READY = {"vocabulary": "", "asset": "demo", "model": "00" * 32, "lease": "00" * 16}
 BOUNDARY = b"\0"
 
 
@@ -604,7 +607,8 @@ def proxy_session(connection, vocabulary):
         close=connection.close,
     )
     session.ready = READY | {"vocabulary": vocabulary.digest}
-    session.final, session.is_open = None, True
+    session.final, session.is_open, session.entry = None, True, {}
+    session.record = lambda *_: None
     session.sealer = mp.Sealer(KEY[::-1])
     session.opener = mp.Opener(KEY, oracle.MESSAGE_LIMIT)
     return session
