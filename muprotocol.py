@@ -896,7 +896,7 @@ class Account:
             raise ProtocolError("lease_refused")
         self._seen.add(lease["id"])
         self.lease, self._key = lease, key
-        added = min(8 * lease["budget"], (8 << 53) - self.bits)  # READY can say no more
+        added = min(8 * lease["budget"], (8 << 53) - self.granted)  # READY can say no more
         self.bits += added
         self.granted += added
         self.expires = now + lease["expiry"] * NANOSECOND
