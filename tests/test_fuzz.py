@@ -70,7 +70,7 @@ PLANTED = {
     "NaN": (
         [("muprotocol.py", "            parse_constant=_no_constant,\n", "")],
         [],
-        {"accepted", "reply"},
+        {"accepted", "refused", "reply"},
     ),
     "unknown fields": (
         [("muprotocol.py", "if name not in fields or not", "if name in fields and not")],
@@ -135,8 +135,8 @@ PLANTED = {
         [
             (
                 "muenclave.py",
-                '({"error": error.code} |',
-                '({"error": error.code, "why": str(error)} |',
+                '{"error": error.code, "limit"',
+                '{"error": error.code, "why": str(error), "limit"',
             )
         ],
         [],
@@ -157,8 +157,13 @@ PLANTED = {
         ["--random", "--patience", "15"],
         {"growth", "accepted", "reply"},
     ),
+    "ids that are not chained": (
+        [("muenclave.py", "reply.request, reply.sent, ended", "reply.request, [], ended")],
+        ["--case", "scores"],
+        {"reply"},
+    ),
     "ids that do not exist": (
-        [("muenclave.py", "value < len(self.vocabulary) and reply.limit", "reply.limit")],
+        [("muenclave.py", "value < len(reply.table) and reply.limit", "reply.limit")],
         [],
         {"accepted"},
     ),

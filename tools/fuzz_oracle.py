@@ -587,7 +587,7 @@ class Peer:
             request, ids, self.ids = first[1], self.ids, []
             after = self.due[0] if self.due else None
             cut = {"wrong": after and after[-1], "answer": "bad_message"}
-            if after and reply == {"error": cut.get(after[0])}:
+            if after and reply["error"] == cut.get(after[0]) and "limit" not in reply:
                 self.due.popleft()  # it came while the answer ran, and ended it
             elif reply["error"] not in MENDABLE:
                 raise Refused(text)

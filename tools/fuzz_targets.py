@@ -511,7 +511,7 @@ def check_pipe(data):
 
     An engine that lies gets no more into an answer than its limit, and nothing behind its end.
     """
-    gate = types.SimpleNamespace(vocabulary=vocabulary_of(300), context=CONTEXT, charged=0)
+    gate = types.SimpleNamespace(context=CONTEXT, charged=0)
     gate.charge = lambda bits: setattr(gate, "charged", gate.charged + bits)
     gate.replies = {slot: new_reply(slot) for slot in range(SLOTS)}
     replies, ids, ended = dict(gate.replies), {0: [], 1: []}, set()
@@ -547,6 +547,7 @@ def new_reply(slot):
     """A reply as Gate.open_reply makes it."""
     lease = {"policy": {"latency_ms": 0, "shape": "plain"}}
     reply = types.SimpleNamespace(slot=slot, ids=collections.deque(), due=0, lease=lease)
+    reply.table = vocabulary_of(300)
     reply.limit, reply.ending, reply.error, reply.prompt_tokens = LIMIT, None, None, 0
     return reply
 
