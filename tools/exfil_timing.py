@@ -3,6 +3,8 @@
     analyze  time to take models out at given rates: raw, compressed, from several enclaves at once,
              past a replay audit, and within the asset's lifetime budget
     measure  what a running enclave, or a proxy before it, lets out, seen from outside
+    bound    how many bits an engine can tell at most, by channel, from the configuration alone, and
+             how long a model takes to leave by them
 
 --json FILE (- for standard output) writes {"tool": "exfil_timing", "version": 1, "verb": ...}; and
 
@@ -26,6 +28,16 @@
              "gap_bits_per_cell", "within_tick_bits_per_cell" (null: too few cells),
              "bits_per_second" (null: too few), "bound_bits_per_second": {"moments", "fill"}}
 
+    bound: "configuration": {name: value}, "channels": [{"name", "charge": text, "day", "lease",
+             "outside_day", with an audit "audited_day": bits}], "sum": bits, by the same names,
+             "uncovered": bits that no charge covers, of an "answer", of a "look" at what is left of
+             the budget, of a "day", "not_counted": {what: why}, "malicious_host": text, "audit":
+             null or {"bits_per_token", "source"}, "models": [{"name", "bytes", "source",
+             "lifetime": bytes, "lease": {"budget", "by_clock", "bytes": the less of both,
+             "seconds": until the budget is spent}, "times": [{"compression", "bytes", "rate",
+             "audited": seconds (null: no audit), "lifetime": {"seconds" (null: never), "share",
+             "is_enough"}}]}]. outside: seen by who has no session's keys
+
 measure puts a counting relay before the enclave, and readers behind it who ask for as much as they
 can get: handshakes, with an access token answers, with the weights key the status. Run it beside
 the enclave: a network between them that holds bytes back and lets them go at once looks like a
@@ -36,6 +48,7 @@ what it prints. Either way the lease pays for what is read.
         --token-file FILE --vocabulary FILE --rate N --burst N
     python3 tools/exfil_timing.py measure --enclave HOST:PORT --proxy URL --listen PORT
         --token-file FILE --rate N
+    python3 tools/exfil_timing.py bound --vocabulary 131072 --shape constant --audit AUDIT.json
 
 Exit status: 0 done, or the meter holds; 1 it exceeds; 2 a mistake, told in one line; 3 not decided;
 130 interrupted.
@@ -56,11 +69,14 @@ import time
 import urllib.error
 import urllib.request
 
+import bound
+import ledger
 import owner
 import tap
 from environment import ROOT, ToolError
 
 sys.path.insert(0, str(ROOT))
+import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
@@ -75,7 +91,6 @@ MODELS = {name: int(count) * BFLOAT16 for name, count in PARAMETERS.items()}  # 
 NOMINAL = "as many parameters as its name says, 2 bytes each (bfloat16)"
 COMPRESSIONS = (1, 16, 100)
 SEED = {"bytes": 6 * 10**9, "rate": 5000}  # "6 GB at 5 KB/s"
-BUDGET_DIVISOR = 1000  # of the sealed size: an asset's lifetime budget unless its owner says more
 RESIDUE = 0.005
 RESIDUE_SOURCE = "arXiv 2511.02620, abstract: under 0.5 % on a 30B mixture of experts; not ours"
 ASSUMPTIONS = {
@@ -116,7 +131,7 @@ def analyze(models, rates, compressions, enclaves, residue, budget=None):
     """
     found = []
     for name, size, source in models:
-        granted = size // BUDGET_DIVISOR if budget is None else budget
+        granted = size // ledger.LIFETIME_DIVISOR if budget is None else budget
         times = [
             take_out(size / compression, rate, enclaves, residue, granted)
             | {"rate": rate, "compression": compression}
@@ -562,6 +577,101 @@ def show_probe(figures):
     print(f"{bound['fill']:.1f} by how many ids it holds, for each open reply")
 
 
+# ---------------------------------------------------------------- bound
+
+BOUND_MODELS = ("3B", "70B", "1T")
+VOCABULARY = 131_072  # entries: 17 bits an id
+COLUMNS = {  # of the channels' table: what is said of it
+    "day": "bits a day",
+    "lease": "of a lease",
+    "audited_day": "a day, audited",
+    "outside_day": "a day, no keys",
+}
+
+
+def read_audit(path):
+    """(bits a token, source) of what tools/replay_audit.py audit wrote. Raises ToolError, OSError.
+
+    An audit that raised an alarm bounds nothing.
+    """
+    try:
+        document = json.loads(pathlib.Path(path).read_text("utf-8"))
+        if (document["tool"], document["verb"]) != ("replay_audit", "audit"):
+            raise ValueError
+        bits, alarms = document["unnoticed"]["most"], document["alarms"]
+        if not mp.is_number(0, 64)(bits) or not isinstance(alarms, list):
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
+        told = "is not what tools/replay_audit.py audit --json writes"
+        raise ToolError(f"--audit {path}: {told}") from None
+    if alarms:
+        raise ToolError(f"--audit {path}: this audit raised an alarm, so it bounds nothing")
+    return bits, f"{document['sample']['tokens']:,} tokens re-scored"
+
+
+def show_bound(figures):
+    """Print the figures of `bound`: the channels, then the models, then what they rest on."""
+    facts = figures["configuration"]
+    print(
+        f"{facts['rate']:,} bytes/s and {facts['burst']:,} at once, cells of {facts['cell']} ",
+        end="",
+    )
+    print(f"bytes with {facts['ids_per_cell']} ids of {facts['bits']} bits, ticks of ", end="")
+    print(f"{1000 * facts['tick_seconds']:.0f} ms, {facts['sessions']} sessions, ", end="")
+    print(f"leases of {facts['expiry']:,} s, shape {facts['shape']}")
+    print()
+    columns = [name for name in COLUMNS if name in figures["sum"]]
+    rows = [["channel", *(COLUMNS[name] for name in columns), "charged"]]
+    for one in figures["channels"]:
+        rows.append([one["name"], *(f"{one[name]:,}" for name in columns), one["charge"]])
+    sums = [f"{figures['sum'][name]:,}" for name in columns]
+    print_table([*rows, ["sum", *sums, "over: not all channels can be full at once"]])
+    print()
+    print_table(bound_rows(figures))
+    print()
+    by_clock = figures["sum"]["lease"] // 8
+    print(f"a lease: by the clock at most {by_clock:,} bytes, by its budget at most that: ", end="")
+    print("the less of both")
+    beyond, audit = figures["uncovered"], figures["audit"]
+    print(f"beyond what is charged: {beyond['answer']:.2f} bits an answer, ", end="")
+    print(f"{beyond['look']:.3f} a look at the budget: at most {beyond['day']:,} bits a day")
+    print(f"latency: {facts['latency_ms']} ms changes nothing, since a cell that is full ", end="")
+    print("does not wait")
+    print(f"malicious host: {figures['malicious_host']}")
+    for name, text in figures["not_counted"].items():
+        print(f"not counted: {name}: {text}")
+    told = f"{audit['bits_per_token']:g} bits a token, {audit['source']}" if audit else "none given"
+    print(f"audit: {told}; it lessens what tokens can tell, nothing else")
+
+
+def bound_rows(figures):
+    """The rows of the models' table: sizes, budgets, times."""
+    factors = [entry["compression"] for entry in figures["models"][0]["times"]]
+    titles = ["raw" if factor == 1 else f"{factor:g}x" for factor in factors]
+    titles += [f"{title}, audited" for title in titles] if figures["audit"] else []
+    rows = [["model", "bytes", *titles, "lease", "spent in", "out within the lifetime budget"]]
+    for model in figures["models"]:
+        times = [show_time(entry["rate"]) for entry in model["times"]]
+        if figures["audit"]:
+            times += [show_time(entry["audited"]) for entry in model["times"]]
+        lease = [f"{model['lease']['budget']:,}", show_time(model["lease"]["seconds"])]
+        told = f"{model['lifetime']:,} bytes: {show_within(model['times'])}"
+        rows.append([model["name"], f"{model['bytes']:,}", *times, *lease, told])
+    return rows
+
+
+def show_within(times):
+    """What leaves of each form within the lifetime budget: all of it, or only so large a share."""
+    words = []
+    for entry in times:
+        within = entry["lifetime"]
+        if within["is_enough"]:
+            words.append(f"all in {show_time(within['seconds'])}")
+        else:
+            words.append(f"{within['share']:.1%}")
+    return ", ".join(words)
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -590,6 +700,20 @@ def run_analyze(flags):
     if flags.plot:
         draw_analysis(figures, flags.plot)
     write(figures, flags.json, show_analysis)
+    return 0
+
+
+def run_bound(flags):
+    """`bound`. Returns the exit status. Raises ToolError, OSError."""
+    models = [parse_model(text) for text in flags.model or BOUND_MODELS]
+    bits, source = read_audit(flags.audit) if flags.audit else (None, None)
+    facts = {
+        name: getattr(flags, name) for name in bound.Configuration._fields if name != "audited"
+    }
+    config = bound.Configuration(audited=bits, **facts)
+    compressions = sorted(set(flags.compression or COMPRESSIONS))
+    figures = bound.bound(config, models, compressions, flags.budget, flags.lifetime_budget, source)
+    write({**header("bound"), **figures}, flags.json, show_bound)
     return 0
 
 
@@ -659,7 +783,42 @@ def make_parser():
     verb.add_argument("--plot", metavar="FILE", help="draw a chart, .svg or .png")
     verb.add_argument("--json", metavar="FILE", help="write the figures, - to standard output")
     add_measure(verbs)
+    add_bound(verbs)
     return parser
+
+
+def add_bound(verbs):
+    """The flags of `bound`: what a lease says, and what an enclave is started with."""
+    about = "bits that an engine can tell at most, from the configuration"
+    verb = verbs.add_parser("bound", help=about, description=about, allow_abbrev=False)
+    verb.set_defaults(run=run_bound)
+    text = "repeatable: NAME=BYTES, a sealed file, or one of "
+    text += f"{', '.join(MODELS)} ({', '.join(BOUND_MODELS)})"
+    verb.add_argument("--model", action="append", help=text)
+    settings = muenclave.DEFAULTS
+    options = {  # flag: default, least, most, help
+        "rate": (mp.DEFAULT_RATE, 64, 1 << 40, "bytes a second"),
+        "burst": (mp.DEFAULT_BURST, 16 << 10, 1 << 40, "bytes at once"),
+        "expiry": (owner.FLAGS["expiry"][1], 1, 10 * 366 * 86400, "of a lease, seconds"),
+        "vocabulary": (VOCABULARY, 2, 1 << 24, "entries of the table of ids"),
+        "sessions": (int(settings["ENCLAVE_SESSIONS"]), 1, 1 << 16, "at once"),
+        "context": (int(settings["ENCLAVE_CONTEXT"]), 1, 1 << 32, "tokens"),
+        "latency-ms": (0, 0, 10_000, "of the lease's policy"),
+    }
+    for name, (value, least, most, text) in options.items():
+        kind = number(int, least, most)
+        verb.add_argument(f"--{name}", type=kind, default=value, help=f"{text} ({value})")
+    text = "of the lease's policy"
+    verb.add_argument("--shape", choices=bound.SHAPES, default=bound.SHAPES[0], help=text)
+    text = "bytes of a lease (a tenth of the lifetime budget)"
+    verb.add_argument("--budget", type=number(int, 1, 1 << 50), help=text)
+    text = "bytes of an asset (a thousandth of the model)"
+    verb.add_argument("--lifetime-budget", type=number(int, 1, 1 << 50), help=text)
+    text = "how many times smaller the thief makes it; repeatable (1, 16, 100)"
+    verb.add_argument("--compression", action="append", type=number(float, 1, 1e9), help=text)
+    text = "what tools/replay_audit.py audit --json wrote: what is left to tokens"
+    verb.add_argument("--audit", metavar="FILE", help=text)
+    verb.add_argument("--json", metavar="FILE", help="write the figures, - to standard output")
 
 
 def add_measure(verbs):

@@ -268,6 +268,65 @@ def budget_text(model, worst):
     return f"never: {model['budget']:,} bytes are {budget['share']:.0%} of its smallest form"
 
 
+BOUND_COLUMNS = {  # of the table of channels
+    "day": "bits a day at most",
+    "audited_day": "after the audit",
+    "outside_day": "for who has no keys",
+}
+
+
+def bound_tables(document):
+    """[(head, rows)] of `exfil_timing.py bound`: of channels, of models."""
+    columns = [name for name in BOUND_COLUMNS if name in document["sum"]]
+    channels = [
+        [one["name"], one["charge"], *(one[name] for name in columns)]
+        for one in document["channels"]
+    ]
+    channels.append(["sum", "", *(document["sum"][name] for name in columns)])
+    heads = ["channel", "charged", *(BOUND_COLUMNS[name] for name in columns)]
+    factors = [time["compression"] for time in document["models"][0]["times"]]
+    titles = [f"{factor}×" if factor > 1 else "raw" for factor in factors]
+    audited = [f"{title}, audited" for title in titles] if document["audit"] else []
+    models = []
+    for model in document["models"]:
+        times = [duration(time["rate"]) for time in model["times"]]
+        times += [duration(time["audited"]) for time in model["times"]] if audited else []
+        models.append([model["name"], size_of(model), *times, lease_text(model)])
+        models[-1].append(lifetime_text(model))
+    more = ["a lease, and when it is spent", "out within the lifetime budget"]
+    return [(heads, channels), (["model", "size", *titles, *audited, *more], models)]
+
+
+def lease_text(model):
+    """A lease's bytes, and how soon an engine can have spent them."""
+    return f"{model['lease']['budget']:,} bytes, {duration(model['lease']['seconds'])}"
+
+
+def lifetime_text(model):
+    """What of each form of a model leaves within the lifetime budget, which nothing refills."""
+    parts = []
+    for time in model["times"]:
+        within = time["lifetime"]
+        ends = f"all, in {duration(within['seconds'])}" if within["is_enough"] else None
+        parts.append(ends or f"{within['share']:.1%}")
+    return f"{model['lifetime']:,} bytes: {', '.join(parts)}"
+
+
+def bound(document):
+    """What an engine can tell at most, from the configuration alone."""
+    facts, beyond = document["configuration"], document["uncovered"]
+    text = f"{facts['rate']:,} bytes a second, cells of {facts['cell']} bytes with "
+    text += f"{facts['ids_per_cell']} ids of {facts['bits']} bits, {facts['sessions']} sessions. "
+    text += f"A lease: by the clock at most {document['sum']['lease'] // 8:,} bytes, and never "
+    text += f"more than its budget. Malicious host: {document['malicious_host']}. Beyond what is "
+    text += f"charged: at most {beyond['day']:,} bits a day."
+    parts = [element("p", html.escape(text))]
+    parts += [table(head, rows) for head, rows in bound_tables(document)]
+    rows = [[what, why] for what, why in document["not_counted"].items()]
+    parts.append(table(["not counted", "why"], rows))
+    return "Exfiltration bound", "".join(parts)
+
+
 def measure_text(measure):
     """A measure of attack_surface.py as text."""
     if measure is None:
@@ -420,6 +479,7 @@ def markdown(text):
 SECTIONS = {  # kind of document: what makes its part of the page
     "attack_surface compare": attack_surface,
     "exfil_timing analyze": exfiltration,
+    "exfil_timing bound": bound,
     "exfil_timing measure enclave": meter,
     "exfil_timing measure proxy": meter,
     "fuzz_rpc in-process": fuzzing,
@@ -484,6 +544,11 @@ def readme_exfiltration(documents):
     return rows_of(["model", "size", *heads, "within its lifetime budget"], rows)
 
 
+def readme_bound(documents):
+    """The tables of `exfil_timing.py bound`."""
+    return "\n\n".join(rows_of(*one) for one in bound_tables(documents["exfil_timing bound"]))
+
+
 def readme_meters(documents):
     """The verdicts of `exfil_timing.py measure`."""
     rows = []
@@ -539,6 +604,7 @@ def readme_controls(_):
 TABLES = {  # mark in the README: what makes the text under it
     "comparison": readme_comparison,
     "exfiltration": readme_exfiltration,
+    "bound": readme_bound,
     "meters": readme_meters,
     "fuzzing": readme_fuzzing,
     "controls": readme_controls,
