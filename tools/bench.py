@@ -1,12 +1,15 @@
-"""Measure what the project claims in numbers: python3 tools/bench.py boot
+"""Measure what the project claims in numbers: python3 tools/bench.py boot | meter
 
     boot     the image's size, and the time from power-on to the handshake: ours from its disk, our
              kernel by QEMU's -kernel, and Debian's cloud kernel by -kernel with the same root file
              system, drivers added, as -initrd; all on the same machine, in turns
+    meter    tokens a second over the same cap of bytes a second, transport alone, with real text
+             that was tokenised before: our cells through the gate, a sealed JSON object a token,
+             OpenAI's events (tools/bench_meter.py); --peers DIR gets the tokenizer
 
 A time is the median of the rounds, with the least and the most. What a machine can't do is said,
-not guessed. --json FILE (-: standard output) writes all figures: {"tool", "version", "boot"}. Exit
-status: 0 if all was measured.
+not guessed. --json FILE (-: standard output) writes all figures: {"tool", "version", "boot"}, or
+{"tool", "version", "verb": "meter", "meter"}. Exit status: 0 if all was measured.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import threading
 import time
 import types
 
+import bench_meter
 import environment
 import image
 import kernel
@@ -187,10 +191,15 @@ def options_of(path):
 def describe(machine):
     """What the figures were measured on."""
     told = rootfs.run("qemu-system-x86_64", "--version", failure="QEMU does not run")
-    found = re.search(r"^model name\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
     facts = {"qemu": told.splitlines()[0], "accelerator": machine.accelerator}
-    facts |= {"processor": found[1] if found else platform.machine(), "cpus": os.cpu_count()}
+    facts |= describe_processor()
     return facts | {"guest": {"memory_mib": machine.memory, "cpus": machine.cpus}}
+
+
+def describe_processor():
+    """The processor, and how many of it there are."""
+    found = re.search(r"^model name\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
+    return {"processor": found[1] if found else platform.machine(), "cpus": os.cpu_count()}
 
 
 def show_boot(figures):
@@ -217,24 +226,57 @@ def show_boot(figures):
 # ---------------------------------------------------------------- command line
 
 
-def main(argv=None):
-    """The command line. Returns the exit status."""
+def boot(flags):
+    """`boot`. ToolError, PcrError, MeasureError, Failure, ProtocolError, OSError."""
+    if not flags.weights.exists():
+        raise ToolError(f"there is no {flags.weights}: name a sealed model by --weights")
+    image.prepare()
+    environment.install_system(vm.PROGRAMS, say)
+    figures = run_boot(flags)
+    if flags.json != "-":
+        show_boot(figures)
+    environment.write_document(flags.json, "bench", {"boot": figures})
+
+
+def meter(flags):
+    """`meter`. ToolError, Failure, ProtocolError, OSError."""
+    figures = bench_meter.run_meter(flags, say) | {"machine": describe_processor()}
+    if flags.json != "-":
+        bench_meter.show_meter(figures)
+    environment.write_document(flags.json, "bench", {"verb": "meter", "meter": figures})
+
+
+def make_parser():
+    """The command line."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    boot = verbs.add_parser("boot", help="image size, time to the handshake, kernel lines")
-    boot.add_argument("--rounds", type=vm.whole(1, 1000), default=3)
-    boot.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")
-    boot.add_argument("--weights", type=pathlib.Path, default=WEIGHTS, metavar="FILE")
-    flags = parser.parse_args(argv)
+    verb = verbs.add_parser("boot", help="image size, time to the handshake, kernel lines")
+    verb.set_defaults(run=boot)
+    verb.add_argument("--weights", type=pathlib.Path, default=WEIGHTS, metavar="FILE")
+    add_shared(verb)
+    verb = verbs.add_parser("meter", help="tokens a second over the same cap, in three forms")
+    verb.set_defaults(run=meter)
+    text = "a virtual environment for the tokenizer; it is made if it is not there"
+    verb.add_argument("--peers", type=pathlib.Path, metavar="DIR", help=text)
+    text = f"the cap, bytes a second ({mp.DEFAULT_RATE})"
+    verb.add_argument("--rate", type=vm.whole(64, 1 << 40), default=mp.DEFAULT_RATE, help=text)
+    text = "of each form in a round (30)"
+    verb.add_argument("--seconds", type=vm.whole(1, bench_meter.LONGEST), default=30, help=text)
+    add_shared(verb)
+    return parser
+
+
+def add_shared(verb):
+    """The flags of every verb."""
+    verb.add_argument("--rounds", type=vm.whole(1, 1000), default=3)
+    verb.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    flags = make_parser().parse_args(argv)
     try:
-        if not flags.weights.exists():
-            raise ToolError(f"there is no {flags.weights}: name a sealed model by --weights")
-        image.prepare()
-        environment.install_system(vm.PROGRAMS, say)
-        figures = run_boot(flags)
-        if flags.json != "-":
-            show_boot(figures)
-        environment.write_document(flags.json, "bench", {"boot": figures})
+        flags.run(flags)
     except (ToolError, pcr.PcrError, measure.MeasureError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1

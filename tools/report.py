@@ -33,8 +33,14 @@ CONTENDERS = {  # of bench.py boot
     "kernel": "our kernel by `-kernel`",
     "debian": "Debian's cloud kernel by `-kernel`",
 }
+FORMATS = {  # of bench.py meter
+    "cells": "ours: packed ids in sealed cells, through gate and proxy",
+    "json": "a framed, sealed JSON object a token",
+    "sse": "OpenAI's server-sent events, a chunk a token",
+}
 KINDS = {  # tool: fields that tell its kinds of documents apart
     "attack_surface": ("verb",),
+    "bench": ("verb",),
     "exfil_timing": ("verb", "target"),
     "fuzz_rpc": ("mode",),
 }
@@ -433,6 +439,27 @@ def boot(document):
     return "Boot", "".join(parts)
 
 
+def transport(document):
+    """Tokens a second over one cap, in each form."""
+    figures = document["meter"]
+    groups = []
+    for name, label in FORMATS.items():
+        tokens = figures["formats"][name]["tokens"]
+        groups.append((label, statistics.median(tokens), spread_of(tokens, ".0f")))
+    text = f"Transport alone at {figures['cap']:,} bytes a second: {figures['text']['source']}, "
+    text += f"{figures['text']['tokens']:,} tokens of {figures['vocabulary']['name']}. "
+    text += f"{figures['vocabulary']['bits']} bits an id allow {figures['ceiling']:,.0f}."
+    parts = [element("p", html.escape(text)), bars([("tokens a second", groups)])]
+    notes = [[FORMATS[name], told] for name, told in figures["descriptions"].items()]
+    return "Transport under the cap", "".join(parts) + table(["form", "what it is"], notes)
+
+
+def spread_of(values, form):
+    """The median with the least and the most."""
+    least, most = min(values), max(values)
+    return f"{statistics.median(values):,{form}} ({least:,{form}} to {most:,{form}})"
+
+
 def claims_section(rows):
     """The README's claims, and how many are held."""
     held = sum(row[-1] == "held" for row in rows)
@@ -485,6 +512,7 @@ SECTIONS = {  # kind of document: what makes its part of the page
     "fuzz_rpc in-process": fuzzing,
     "fuzz_rpc live": fuzzing,
     "bench": boot,
+    "bench meter": transport,
 }
 
 
@@ -591,6 +619,20 @@ def readme_boot(documents):
     return rows_of(["", *CONTENDERS.values()], rows)
 
 
+def readme_transport(documents):
+    """The table of `bench.py meter`."""
+    figures = documents["bench meter"]["meter"]
+    medians = {name: statistics.median(one["tokens"]) for name, one in figures["formats"].items()}
+    rows = []
+    for name, label in FORMATS.items():
+        one = figures["formats"][name]
+        a_token = statistics.median(one["bytes"]) / medians[name]
+        ratio = f"{medians['cells'] / medians[name]:.1f}×"
+        form = ".0f" if medians[name] >= 100 else ".1f"
+        rows.append([label, spread_of(one["tokens"], form), f"{a_token:.2f}", ratio])
+    return rows_of(["over the same cap", "tokens a second", "bytes a token", "ours"], rows)
+
+
 def readme_controls(_):
     """The map of controls, with the claims' short way of naming tests."""
     rows = []
@@ -609,6 +651,7 @@ TABLES = {  # mark in the README: what makes the text under it
     "fuzzing": readme_fuzzing,
     "controls": readme_controls,
     "boot": readme_boot,
+    "transport": readme_transport,
 }
 MARK = "<!-- {} -->"
 END = "<!-- end -->"
