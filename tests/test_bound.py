@@ -90,19 +90,17 @@ class Charges(unittest.TestCase):
     def test_what_the_gate_charges_for_a_cell(self):
         """The gate's own arithmetic, for every number of ids that a cell can have."""
         for size in (256, 768, 131_072):
-            table = mp.Vocabulary(mp.encode_vocabulary([b""] * size))
-            room, bits = bound.ids_of_cell(DEMO._replace(vocabulary=size))
+            table = bound.table_of(DEMO._replace(vocabulary=size))
+            bits, room = mp.id_bits(size), (480 - 4 - 5 - 16) * 8 // mp.id_bits(size)
             for count in (1, 2, 3, 7, 8, room - 1, room):
                 paid = []
                 gate = types.SimpleNamespace(lock=threading.Lock(), charge=paid.append)
-                gate.vocabulary = table
                 reply = types.SimpleNamespace(ids=deque([0] * count), ending="stop", table=table)
                 reply.error, reply.sent = None, []
                 session = types.SimpleNamespace(gate=gate)
                 self.assertEqual(len(muenclave.Session.next_ids(session, reply)), count)
-                self.assertEqual(
-                    paid, [bound.packed_bits(count, bits) + room.bit_length()], (size, count)
-                )
+                packed = 8 * math.ceil(count * bits / 8)
+                self.assertEqual(paid, [packed + len(f"{room:b}")], (size, count))
 
 
 class ByOtherWays(unittest.TestCase):
@@ -150,8 +148,8 @@ class ByOtherWays(unittest.TestCase):
         """Every answer of up to 3 ticks in cells of 2 ids of 9 bits (V = 512): one by one."""
         with mock.patch.object(mp, "CELL_ROOM", 3):
             config = DEMO._replace(vocabulary=512, context=3)
-            room, bits = bound.ids_of_cell(config)
-            self.assertEqual((room, bits), (2, 9))
+            table = bound.table_of(config)
+            self.assertEqual((table.room, table.bits), (2, 9))
             told = bound.uncovered(config)
             # A tick without a cell; or with one or two ids, of 16 or 24 bits and 2 for how many.
             a_tick = [1 + 0, *[1 + 16 + 2] * 512, *[1 + 24 + 2] * 512**2]
@@ -163,6 +161,11 @@ class ByOtherWays(unittest.TestCase):
         self.assertAlmostEqual(told["answer"], max(0, math.log2(total)))
         looks = sum(2.0 ** (-4 * n) for n in range(50))
         self.assertAlmostEqual(told["look"], math.log2(looks))
+        # A death and a load at any of 864,000 ticks of a day, and one of 3 numbers, for 32 bits.
+        self.assertAlmostEqual(told["load"], math.log2(864_000**2 * 3) - 32)
+        events = {"answer": 864_034 + 128, "look": 864_034, "load": 9, "stall": 864_000}
+        beyond = sum(told[name] * number for name, number in events.items())
+        self.assertEqual(bound.beyond_charges(config, DAY), math.ceil(beyond))
 
     def test_uncovered_where_ids_pack_without_a_rest(self):
         """Of 65,536 ids each bit is a choice, so that an end is to be charged more than 4 bits."""
@@ -293,7 +296,7 @@ class Figures(unittest.TestCase):
             figures = document("--audit", path, "--model", "3B")
             cells = bound.supply(LARGE, DAY)["cells"]
             tokens = figures["channels"][0]
-            room, _ = bound.ids_of_cell(LARGE)
+            room = bound.table_of(LARGE).room
             self.assertEqual(tokens["audited_day"], cells * room // 2)
             saved = figures["sum"]["day"] - figures["sum"]["audited_day"]
             self.assertEqual(saved, tokens["day"] - tokens["audited_day"])

@@ -7,6 +7,7 @@ time that an engine could have chosen something (CHARGES).
 """
 
 import collections
+import functools
 import math
 import sys
 
@@ -34,16 +35,11 @@ CHARGES = (
     ("Gate.take_message", "mp.LENGTH_BITS", ("lengths",)),
     ("Gate.take_message", "mp.ENDING_BITS", ("endings",)),
     ("Session.answer", "1", ("ticks",)),
-    (
-        "Session.next_ids",
-        "8 * -(-len(ids) * bits // 8) + room.bit_length()",
-        ("tokens", "cell counts"),
-    ),
+    ("Session.next_ids", "reply.table.cost(len(ids))", ("tokens", "cell counts")),
 )
 NOT_COUNTED = {
     "CPU load, memory traffic": "seen by who runs the machine; no meter sees them",
     "timing below a tick": "a cell leaves at a tick; meter, scheduler and load move it within that",
-    "the death that ends a lease": "once a lease: its moment is not charged",
 }
 MALICIOUS_HOST = "his clock makes rate and expiry advice: the budget alone holds; where the "
 MALICIOUS_HOST += (
@@ -55,15 +51,15 @@ MALICIOUS_HOST += "spends its lease once more"
 # ---------------------------------------------------------------- what leaves, and what is charged
 
 
-def ids_of_cell(config):
-    """(how many ids fill a cell, bits of each)."""
-    bits = mp.id_bits(config.vocabulary)
-    return mp.CELL_ROOM * 8 // bits, bits
+def table_of(config):
+    """A table of ids as large as the model's: it says how they are packed and what a cell costs."""
+    return made_table(config.vocabulary, mp.CELL_ROOM)
 
 
-def packed_bits(count, bits):
-    """What is charged for so many ids in a cell, but for how many they are."""
-    return 8 * -(-count * bits // 8)
+@functools.cache
+def made_table(size, _):
+    """mp.Vocabulary of so many ids, for cells of this room."""
+    return mp.Vocabulary(mp.encode_vocabulary([b""] * size))
 
 
 def supply(config, seconds):
@@ -87,14 +83,14 @@ def amounts(config, seconds):
 
     Together they are less, since a cell is one of ids or an answer's last: their sum is over.
     """
-    room, bits = ids_of_cell(config)
-    of = supply(config, seconds)
-    a_cell = packed_bits(room, bits)
+    of, table = supply(config, seconds), table_of(config)
+    counts = table.room.bit_length()
+    ids = table.cost(table.room) - counts
     if config.audited is not None:
-        a_cell = min(a_cell, room * config.audited)
+        ids = min(ids, table.room * config.audited)
     return {
-        "tokens": math.ceil(of["cells"] * a_cell),
-        "cell counts": of["cells"] * room.bit_length(),
+        "tokens": math.ceil(of["cells"] * ids),
+        "cell counts": of["cells"] * counts,
         "ticks": math.ceil(TICK_BITS * placed(of["cells"], of["ticks"])),
         "endings": of["answers"] * mp.ENDING_BITS,
         "lengths": of["answers"] * mp.LENGTH_BITS,
@@ -130,10 +126,11 @@ def seen_outside(config, seconds):
 
 def abouts(config):
     """{channel: how it is charged}, for readers."""
-    room, bits = ids_of_cell(config)
+    table = table_of(config)
+    counts = table.room.bit_length()
     return {
-        "tokens": f"{packed_bits(room, bits):,} bits a cell of {room} ids",
-        "cell counts": f"{room.bit_length()} bits a cell: how many ids it has",
+        "tokens": f"{table.cost(table.room) - counts:,} bits a cell of {table.room} ids",
+        "cell counts": f"{counts} bits a cell: how many ids it has",
         "ticks": f"{TICK_BITS} bit a tick of an open answer: whether it has a cell, when it ends",
         "endings": f"{mp.ENDING_BITS} bits an answer: its end or refusal",
         "lengths": f"{mp.LENGTH_BITS} bits an answer: what it says of the prompt's length",
@@ -147,26 +144,36 @@ def abouts(config):
 
 
 def uncovered(config):
-    """{"answer", "look"}: bits that an engine can tell beyond what is charged; 0 if all is covered.
+    """{event: bits} that an engine can tell by each beyond what is charged; 0 if all is covered.
 
     Charges bound what is told if they are the lengths of a prefix code, so that 2^-charge summed
-    over all that an engine could do is at most 1 (Kraft; Cover and Thomas, 5.2). answer: over all
-    answers, of any number of ticks, a cell of any ids or none at each. look: over how many answers
-    end between two looks at what is left of the budget, which shows also those that nobody waits
-    for.
+    over all that an engine could do is at most 1 (Kraft; Cover and Thomas, 5.2). answer: of any
+    number of ticks, at each a cell of any ids or none. look: at what is left of the budget, by how
+    many answers have ended since the last one, which shows also those that nobody waits for. load:
+    the tick of a death, that of the load after it, a number of tokens. stall: a tick at which it
+    does not read its pipe, which then holds up whoever has something to say to it.
     """
-    room, bits = ids_of_cell(config)
-    counts = 2.0 ** -room.bit_length()
+    table = table_of(config)
     cells = sum(
-        counts * 2 ** (n * math.log2(config.vocabulary) - packed_bits(n, bits))
-        for n in range(1, room + 1)
+        2 ** (n * math.log2(config.vocabulary) - table.cost(n)) for n in range(1, table.room + 1)
     )
     a_tick = 2.0**-TICK_BITS * (1 + cells)
     ends = (len(mp.ENDINGS) + len(mp.REFUSALS)) * 2.0**-mp.ENDING_BITS
     lengths = 1 + config.context * 2.0**-mp.LENGTH_BITS
     answer = ends * lengths / (1 - a_tick) if a_tick < 1 else math.inf
     look = 1 / (1 - 2.0**-mp.ENDING_BITS)
-    return {"answer": max(0.0, math.log2(answer)), "look": math.log2(look)}
+    moments = config.expiry * mp.NANOSECOND / tap.tick_of(config.rate)
+    load = 2 * math.log2(moments) + math.log2(config.context) - mp.LENGTH_BITS
+    told = {"answer": math.log2(answer), "look": math.log2(look), "load": load}
+    told["stall"] = TICK_BITS
+    return {event: max(0.0, bits) for event, bits in told.items()}
+
+
+def beyond_charges(config, seconds):
+    """Bits that an engine can tell in so many seconds beyond what is charged, at most."""
+    of, each = supply(config, seconds), uncovered(config)
+    told = each["answer"] * of["answers"] + each["look"] * of["cells"] + each["load"] * of["loads"]
+    return math.ceil(told + each["stall"] * of["ticks"] / config.sessions)
 
 
 # ---------------------------------------------------------------- the figures
@@ -178,8 +185,8 @@ def bound(config, models, compressions, budget=None, lifetime=None, source=None)
     models: [(name, bytes, source)]. budget, lifetime: bytes of a lease and of an asset, None for
     what the ledger grants by itself. source: of config.audited.
     """
-    room, bits = ids_of_cell(config)
-    facts = {**config._asdict(), "bits": bits, "cell": mp.CELL, "ids_per_cell": room}
+    table = table_of(config)
+    facts = {**config._asdict(), "bits": table.bits, "cell": mp.CELL, "ids_per_cell": table.room}
     facts |= {"respawns": muenclave.RESPAWNS}
     facts |= {"tick_seconds": tap.tick_of(config.rate) / mp.NANOSECOND}
     free = config._replace(audited=None)
@@ -192,13 +199,11 @@ def bound(config, models, compressions, budget=None, lifetime=None, source=None)
         for name, text in abouts(config).items()
     ]
     audit = None if config.audited is None else {"bits_per_token": config.audited, "source": source}
-    looks = supply(config, DAY)["cells"]
-    beyond = uncovered(config)
     return {
         "configuration": facts,
         "channels": channels,
         "sum": {key: sum(column.values()) for key, column in columns.items()},
-        "uncovered": beyond | {"day": math.ceil((beyond["answer"] + beyond["look"]) * looks)},
+        "uncovered": uncovered(config) | {"day": beyond_charges(config, DAY)},
         "not_counted": NOT_COUNTED,
         "malicious_host": MALICIOUS_HOST,
         "audit": audit,
