@@ -320,7 +320,13 @@ class Figures(unittest.TestCase):
         figures = document()
         for one in figures["channels"]:
             self.assertRegex(out, rf"(?m)^{one['name']} +{one['day']:,} ")
-        for text in ("3B", "70B", "1T", "6,000,000 bytes: 0.1%, 1.6%, 10.0%", "malicious host: "):
+        for text in (
+            "3B",
+            "70B",
+            "1T",
+            "6,000,000 bytes: never, 0.1%; never, 1.6%; never, 10.0%",
+            "malicious host: ",
+        ):
             self.assertIn(text, out)
         for name in figures["not_counted"]:
             self.assertIn(f"not counted: {name}: ", out)
@@ -341,6 +347,11 @@ class Figures(unittest.TestCase):
         self.assertIn(f"| sum |  | {figures['sum']['day']:,} |", channels)
         self.assertEqual(len(models.splitlines()), 2 + 3)
         self.assertIn("600,000 bytes, 2.2 minutes", models)
+        self.assertIn("never: 6,000,000 bytes are 0.1%, 1.6%, 10.0%", models)
+        figures = document("--lifetime-budget", 10**9)
+        _, models = (report.rows_of(*one) for one in report.bound_tables(figures))
+        self.assertIn("not all of them: 1,000,000,000 bytes are 16.7%, 100.0%, 100.0%", models)
+        self.assertIn("never, 16.7%; all in", call("--lifetime-budget", 10**9)[1])
         title, page = report.bound(figures)
         self.assertIn("tokens", page)
 

@@ -652,27 +652,26 @@ def bound_rows(figures):
     factors = [entry["compression"] for entry in figures["models"][0]["times"]]
     titles = ["raw" if factor == 1 else f"{factor:g}x" for factor in factors]
     titles += [f"{title}, audited" for title in titles] if figures["audit"] else []
-    rows = [["model", "bytes", *titles, "lease", "spent in", "out within the lifetime budget"]]
+    rows = [["model", "bytes", *titles, "lease", "spent in", "within the lifetime budget"]]
     for model in figures["models"]:
         times = [show_time(entry["rate"]) for entry in model["times"]]
         if figures["audit"]:
             times += [show_time(entry["audited"]) for entry in model["times"]]
         lease = [f"{model['lease']['budget']:,}", show_time(model["lease"]["seconds"])]
-        told = f"{model['lifetime']:,} bytes: {show_within(model['times'])}"
-        rows.append([model["name"], f"{model['bytes']:,}", *times, *lease, told])
+        rows.append([model["name"], f"{model['bytes']:,}", *times, *lease, show_within(model)])
     return rows
 
 
-def show_within(times):
-    """What leaves of each form within the lifetime budget: all of it, or only so large a share."""
-    words = []
-    for entry in times:
+def show_within(model):
+    """What of each form leaves within the lifetime budget: all of it, or only so large a share."""
+    parts = []
+    for entry in model["times"]:
         within = entry["lifetime"]
         if within["is_enough"]:
-            words.append(f"all in {show_time(within['seconds'])}")
+            parts.append(f"all in {show_time(within['seconds'])}")
         else:
-            words.append(f"{within['share']:.1%}")
-    return ", ".join(words)
+            parts.append(f"never, {within['share']:.1%}")
+    return f"{model['lifetime']:,} bytes: {'; '.join(parts)}"
 
 
 # ---------------------------------------------------------------- command line

@@ -277,7 +277,7 @@ def budget_text(model, worst):
 BOUND_COLUMNS = {  # of the table of channels
     "day": "bits a day at most",
     "audited_day": "after the audit",
-    "outside_day": "for who has no keys",
+    "outside_day": "seen without the session's keys",
 }
 
 
@@ -299,7 +299,7 @@ def bound_tables(document):
         times += [duration(time["audited"]) for time in model["times"]] if audited else []
         models.append([model["name"], size_of(model), *times, lease_text(model)])
         models[-1].append(lifetime_text(model))
-    more = ["a lease, and when it is spent", "out within the lifetime budget"]
+    more = ["a lease, and when it is spent", "within the lifetime budget"]
     return [(heads, channels), (["model", "size", *titles, *audited, *more], models)]
 
 
@@ -310,12 +310,10 @@ def lease_text(model):
 
 def lifetime_text(model):
     """What of each form of a model leaves within the lifetime budget, which nothing refills."""
-    parts = []
-    for time in model["times"]:
-        within = time["lifetime"]
-        ends = f"all, in {duration(within['seconds'])}" if within["is_enough"] else None
-        parts.append(ends or f"{within['share']:.1%}")
-    return f"{model['lifetime']:,} bytes: {', '.join(parts)}"
+    shares = ", ".join(f"{time['lifetime']['share']:.1%}" for time in model["times"])
+    is_enough = any(time["lifetime"]["is_enough"] for time in model["times"])
+    when = "not all of them" if is_enough else "never"
+    return f"{when}: {model['lifetime']:,} bytes are {shares}"
 
 
 def bound(document):
