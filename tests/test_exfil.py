@@ -422,7 +422,7 @@ class Entropy(unittest.TestCase):
             found = tap.probe(frames, rate, 10)
             expected = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * SECOND / tick
             self.assertAlmostEqual(found["bits_per_second"] / expected, 1, delta=0.03)
-            self.assertEqual(found["lengths"], {str(mp.CELL): len(busy)})
+            self.assertEqual(found["lengths"], {"480": len(busy)})
             self.assertEqual(found["length_bits_per_cell"], 0)
             self.assertLess(found["bits_per_second"], found["bound_bits_per_second"]["moments"])
 
@@ -441,10 +441,10 @@ class Entropy(unittest.TestCase):
         self.assertEqual(set(found["lengths"]), {"104", "204", "304", "404"})
 
     def test_bound(self):
-        """A tick of 20 ms, 389 ids of 10 bits in a cell: 50 and 50 log2(389) bits/s."""
+        """A tick of 20 ms, 364 ids of 10 bits in a cell: 50 and 50 log2(364) bits/s."""
         bound = tap.probe([], 10**6, 10)["bound_bits_per_second"]
         self.assertAlmostEqual(bound["moments"], 50)
-        self.assertAlmostEqual(bound["fill"], 50 * math.log2(389))
+        self.assertAlmostEqual(bound["fill"], 50 * math.log2(364))
 
 
 def patched(*changes):
