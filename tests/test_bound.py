@@ -328,6 +328,7 @@ class Figures(unittest.TestCase):
             "malicious host: ",
         ):
             self.assertIn(text, out)
+        self.assertIn("session's keys: which ticks have a cell", out)
         for name in figures["not_counted"]:
             self.assertIn(f"not counted: {name}: ", out)
         self.assertIn(f"{figures['sum']['lease'] // 8:,} bytes, by its budget", out)

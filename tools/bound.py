@@ -22,7 +22,11 @@ import muprotocol as mp  # noqa: E402
 DAY = 86400  # seconds
 LONG = 1000 * DAY  # over which a steady rate is taken: neither burst nor rounding shows
 TICK_BITS = 1
-SHAPES = ("plain", "constant")
+SHAPES = {  # of a lease's policy: what who has no session's keys sees
+    "plain": "which ticks have a cell",
+    "constant": "when an answer ends: before that it has a cell at every tick. That holds for "
+    "answers as ids; one that the enclave renders as text shows its length in cells",
+}
 
 # vocabulary: entries of the table of ids. context: tokens. audited: bits a token that an audit
 # leaves, None without one. The others are as in mp.LEASE, its policy and ENCLAVE_SESSIONS.
@@ -204,6 +208,7 @@ def bound(config, models, compressions, budget=None, lifetime=None, source=None)
         "channels": channels,
         "sum": {key: sum(column.values()) for key, column in columns.items()},
         "uncovered": uncovered(config) | {"day": beyond_charges(config, DAY)},
+        "seen_without_keys": SHAPES[config.shape],
         "not_counted": NOT_COUNTED,
         "malicious_host": MALICIOUS_HOST,
         "audit": audit,

@@ -32,8 +32,8 @@
              "outside_day", with an audit "audited_day": bits}], "sum": bits, by the same names,
              "uncovered": bits that no charge covers, of an "answer", a "look" at what is left of
              the budget, a "load" of the engine, a "stall" of its pipe, and of a "day",
-             "not_counted": {what: why}, "malicious_host": text, "audit": null or
-             {"bits_per_token", "source"}, "models": [{"name", "bytes", "source",
+             "seen_without_keys": text, "not_counted": {what: why}, "malicious_host": text, "audit":
+             null or {"bits_per_token", "source"}, "models": [{"name", "bytes", "source",
              "lifetime": bytes, "lease": {"budget", "by_clock", "bytes": the less of both,
              "seconds": until the budget is spent}, "times": [{"compression", "bytes", "rate",
              "audited": seconds (null: no audit), "lifetime": {"seconds" (null: never), "share",
@@ -640,6 +640,7 @@ def show_bound(figures):
     print(f"at most {beyond['day']:,} bits a day")
     print(f"latency: {facts['latency_ms']} ms changes nothing, since a cell that is full ", end="")
     print("does not wait")
+    print(f"seen without a session's keys: {figures['seen_without_keys']}")
     print(f"malicious host: {figures['malicious_host']}")
     for name, text in figures["not_counted"].items():
         print(f"not counted: {name}: {text}")
@@ -811,7 +812,7 @@ def add_bound(verbs):
         kind = number(int, least, most)
         verb.add_argument(f"--{name}", type=kind, default=value, help=f"{text} ({value})")
     text = "of the lease's policy"
-    verb.add_argument("--shape", choices=bound.SHAPES, default=bound.SHAPES[0], help=text)
+    verb.add_argument("--shape", choices=bound.SHAPES, default="plain", help=text)
     text = "bytes of a lease (a tenth of the lifetime budget)"
     verb.add_argument("--budget", type=number(int, 1, 1 << 50), help=text)
     text = "bytes of an asset (a thousandth of the model)"

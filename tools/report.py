@@ -323,7 +323,8 @@ def bound(document):
     text += f"{facts['ids_per_cell']} ids of {facts['bits']} bits, {facts['sessions']} sessions. "
     text += f"A lease: by the clock at most {document['sum']['lease'] // 8:,} bytes, and never "
     text += f"more than its budget. Malicious host: {document['malicious_host']}. Beyond what is "
-    text += f"charged: at most {beyond['day']:,} bits a day."
+    text += f"charged: at most {beyond['day']:,} bits a day. Seen without a session's keys: "
+    text += f"{document['seen_without_keys']}."
     parts = [element("p", html.escape(text))]
     parts += [table(head, rows) for head, rows in bound_tables(document)]
     rows = [[what, why] for what, why in document["not_counted"].items()]
