@@ -302,10 +302,16 @@ class Figures(unittest.TestCase):
             self.assertEqual(saved, tokens["day"] - tokens["audited_day"])
             for entry in figures["models"][0]["times"]:
                 self.assertGreater(entry["audited"], 10 * entry["rate"])
-            self.assertEqual(figures["audit"]["source"], "1,000 tokens re-scored")
-            told = call("--audit", path)[1]
-            self.assertIn("raw, audited", told)
-            for wrong in (audit | {"alarms": ["a"]}, audit | {"verb": "check"}, {}, []):
+            self.assertEqual(figures["audit"]["source"], "an audit of 1,000 tokens")
+            self.assertIn("raw, audited", call("--audit", path)[1])
+            self.assertIn("0.5 bits a token are left", report.bound(figures)[1])
+            measured = {"tool": "replay_audit", "version": 1, "verb": "measure"}
+            measured |= {"honest": [{"unnoticed_bits": bits} for bits in (0.25, 0.5, 0.125)]}
+            path.write_text(json.dumps(measured))
+            again = document("--audit", path, "--model", "3B")
+            self.assertEqual(again["channels"], figures["channels"])
+            self.assertIn("the demo model, the most of 3 audits", again["audit"]["source"])
+            for wrong in (audit | {"alarms": ["a"]}, audit | {"verb": "check"}, {}, [], 7):
                 path.write_text(json.dumps(wrong))
                 status, out, told = call("--audit", path)
                 self.assertEqual((status, out), (2, ""), wrong)

@@ -591,23 +591,30 @@ COLUMNS = {  # of the channels' table: what is said of it
 
 
 def read_audit(path):
-    """(bits a token, source) of what tools/replay_audit.py audit wrote. Raises ToolError, OSError.
+    """(bits a token, source) of what tools/replay_audit.py wrote. Raises ToolError, OSError.
 
-    An audit that raised an alarm bounds nothing.
+    Of `audit` what got past it at most; one that raised an alarm bounds nothing. Of `measure` the
+    most that got past an audit of the demo model.
     """
     try:
         document = json.loads(pathlib.Path(path).read_text("utf-8"))
-        if (document["tool"], document["verb"]) != ("replay_audit", "audit"):
+        if document["tool"] != "replay_audit":
             raise ValueError
-        bits, alarms = document["unnoticed"]["most"], document["alarms"]
+        alarms = document["alarms"] if document["verb"] == "audit" else []
+        if document["verb"] == "audit":
+            bits = document["unnoticed"]["most"]
+            source = f"an audit of {document['sample']['tokens']:,} tokens"
+        else:
+            bits = max(row["unnoticed_bits"] for row in document["honest"])
+            source = f"measured on the demo model, the most of {len(document['honest'])} audits"
         if not mp.is_number(0, 64)(bits) or not isinstance(alarms, list):
             raise ValueError
     except (ValueError, LookupError, TypeError):
-        told = "is not what tools/replay_audit.py audit --json writes"
+        told = "is not what tools/replay_audit.py audit or measure writes as JSON"
         raise ToolError(f"--audit {path}: {told}") from None
     if alarms:
         raise ToolError(f"--audit {path}: this audit raised an alarm, so it bounds nothing")
-    return bits, f"{document['sample']['tokens']:,} tokens re-scored"
+    return bits, source
 
 
 def show_bound(figures):
@@ -819,7 +826,7 @@ def add_bound(verbs):
     verb.add_argument("--lifetime-budget", type=number(int, 1, 1 << 50), help=text)
     text = "how many times smaller the thief makes it; repeatable (1, 16, 100)"
     verb.add_argument("--compression", action="append", type=number(float, 1, 1e9), help=text)
-    text = "what tools/replay_audit.py audit --json wrote: what is left to tokens"
+    text = "JSON of tools/replay_audit.py audit or measure: what is left to tokens"
     verb.add_argument("--audit", metavar="FILE", help=text)
     verb.add_argument("--json", metavar="FILE", help="write the figures, - to standard output")
 

@@ -325,6 +325,9 @@ def bound(document):
     text += f"more than its budget. Malicious host: {document['malicious_host']}. Beyond what is "
     text += f"charged: at most {beyond['day']:,} bits a day. Seen without a session's keys: "
     text += f"{document['seen_without_keys']}."
+    if document["audit"]:
+        text += f" Audit: {document['audit']['bits_per_token']:.3g} bits a token are left, "
+        text += f"{document['audit']['source']}."
     parts = [element("p", html.escape(text))]
     parts += [table(head, rows) for head, rows in bound_tables(document)]
     rows = [[what, why] for what, why in document["not_counted"].items()]
