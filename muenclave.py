@@ -505,6 +505,15 @@ class Gate:
                 self.end_lease("lease_ended")
             self.account.charge(bits)
 
+    def pass_ticks(self, began, ticks):
+        """Charge an answer's ticks up to now, at least one; how many there are since it began (ns).
+
+        By the clock: an engine that does not read its pipe holds up who has something to say to it.
+        """
+        now = max(ticks + 1, (time.monotonic_ns() - began) // self.tick)
+        self.charge(now - ticks)
+        return now
+
     def end_lease(self, code):
         """Kill the engine, drop the key; all sessions end, and the gate then starts afresh.
 
@@ -816,7 +825,7 @@ class Session:
         """Step 5: a cell of ids a tick, then the final record, whose every field the gate fills."""
         if "cancel" in request:
             return  # it crossed the answer's end
-        gate, ticks, text = self.gate, 0, ""
+        gate, ticks, text, began = self.gate, 0, "", time.monotonic_ns()
         reply = gate.open_reply(request)
         is_text = request.get("encoding") == "text"
         cutter = mp.TextCutter(gate.vocabulary, request.get("stop", ()) if is_text else ())
@@ -824,8 +833,7 @@ class Session:
             while reply.ids or not (reply.ending or reply.error):
                 time.sleep((gate.tick - time.monotonic_ns() % gate.tick) / mp.NANOSECOND)
                 self.check()
-                gate.charge(1)
-                ticks += 1
+                ticks = gate.pass_ticks(began, ticks)
                 if is_readable(self.connection, 0):  # a cancel is all that may be said now
                     mp.parse_message(self.read(FRAME_SECONDS), mp.CANCEL)
                     gate.cancel(reply)
@@ -840,6 +848,7 @@ class Session:
             gate.cancel(reply)
             ending = "stop" if cutter.stopped else reply.error or reply.ending
             self.heads = gate.chain(reply, ending)
+        ticks = gate.pass_ticks(began, ticks)
         if reply.error:
             limit = gate.context if reply.error in mp.REFUSALS[1:] else None
             raise ProtocolError(reply.error, limit=limit)

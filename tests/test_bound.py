@@ -10,6 +10,7 @@ import pathlib
 import sys
 import tempfile
 import threading
+import time
 import types
 import unittest
 from collections import deque
@@ -21,6 +22,7 @@ from tests import support
 
 sys.path.insert(0, str(support.TOOLS))
 
+import bench_meter  # noqa: E402
 import bound  # noqa: E402
 import exfil_timing as exfil  # noqa: E402
 import ledger  # noqa: E402
@@ -163,7 +165,7 @@ class ByOtherWays(unittest.TestCase):
         self.assertAlmostEqual(told["look"], math.log2(looks))
         # A death and a load at any of 864,000 ticks of a day, and one of 3 numbers, for 32 bits.
         self.assertAlmostEqual(told["load"], math.log2(864_000**2 * 3) - 32)
-        events = {"answer": 864_034 + 128, "look": 864_034, "load": 9, "stall": 864_000}
+        events = {"answer": 864_034 + 128, "look": 864_034, "load": 9}
         beyond = sum(told[name] * number for name, number in events.items())
         self.assertEqual(bound.beyond_charges(config, DAY), math.ceil(beyond))
 
@@ -243,6 +245,35 @@ class Follows(unittest.TestCase):
         for rate in (64, 5120, 24_576, 10**9):
             muenclave.Gate.set_rate(gate, rate, 32_768)
             self.assertEqual(gate.tick, tap.tick_of(rate))
+
+
+class Stall(bench_meter.Stand):
+    """A gate whose engine lets a request wait in its pipe before it reads it."""
+
+    SECONDS = 2
+    REQUEST = {"prompt": "a" * 1_000_000, "seed": 1}  # more than a pipe holds
+
+    def play_engine(self, gate):
+        with gate, contextlib.suppress(OSError, EOFError):
+            mp.read_frame(gate, mp.HANDSHAKE_FRAME)
+            gate.sendall(mp.PIPE.pack(mp.LOADED, 0, 1000))
+            mp.is_readable(gate, None)
+            time.sleep(self.SECONDS)
+            slot = json.loads(mp.read_frame(gate, mp.MESSAGE_LIMIT))["slot"]
+            gate.sendall(mp.PIPE.pack(mp.END, slot, 0))
+            mp.is_readable(gate, None)
+
+
+class Stalls(unittest.TestCase):
+    """How long an engine lets a request wait is its choice, so that each tick of it is charged."""
+
+    def test_every_tick(self):
+        with Stall([0], [b"a"] * 300, 10**6) as stand, stand.session("user") as session:
+            left = session.prove({"token": stand.token})["budget_left"]
+            deque(session.generate(stand.REQUEST, stand.vocabulary), 0)
+            spent = left - session.final["budget_left"]
+        ticks = stand.SECONDS * mp.NANOSECOND // muenclave.SHORTEST_TICK
+        self.assertGreaterEqual(8 * (spent + 1), ticks)
 
 
 class Figures(unittest.TestCase):

@@ -38,7 +38,7 @@ CHARGES = (
     ("Gate.load", "mp.LENGTH_BITS", ("loads",)),
     ("Gate.take_message", "mp.LENGTH_BITS", ("lengths",)),
     ("Gate.take_message", "mp.ENDING_BITS", ("endings",)),
-    ("Session.answer", "1", ("ticks",)),
+    ("Gate.pass_ticks", "now - ticks", ("ticks",)),
     ("Session.next_ids", "reply.table.cost(len(ids))", ("tokens", "cell counts")),
 )
 NOT_COUNTED = {
@@ -154,8 +154,7 @@ def uncovered(config):
     over all that an engine could do is at most 1 (Kraft; Cover and Thomas, 5.2). answer: of any
     number of ticks, at each a cell of any ids or none. look: at what is left of the budget, by how
     many answers have ended since the last one, which shows also those that nobody waits for. load:
-    the tick of a death, that of the load after it, a number of tokens. stall: a tick at which it
-    does not read its pipe, which then holds up whoever has something to say to it.
+    the tick of a death, that of the load after it, a number of tokens.
     """
     table = table_of(config)
     cells = sum(
@@ -169,7 +168,6 @@ def uncovered(config):
     moments = config.expiry * mp.NANOSECOND / tap.tick_of(config.rate)
     load = 2 * math.log2(moments) + math.log2(config.context) - mp.LENGTH_BITS
     told = {"answer": math.log2(answer), "look": math.log2(look), "load": load}
-    told["stall"] = TICK_BITS
     return {event: max(0.0, bits) for event, bits in told.items()}
 
 
@@ -177,7 +175,7 @@ def beyond_charges(config, seconds):
     """Bits that an engine can tell in so many seconds beyond what is charged, at most."""
     of, each = supply(config, seconds), uncovered(config)
     told = each["answer"] * of["answers"] + each["look"] * of["cells"] + each["load"] * of["loads"]
-    return math.ceil(told + each["stall"] * of["ticks"] / config.sessions)
+    return math.ceil(told)
 
 
 # ---------------------------------------------------------------- the figures

@@ -31,7 +31,7 @@
     bound: "configuration": {name: value}, "channels": [{"name", "charge": text, "day", "lease",
              "outside_day", with an audit "audited_day": bits}], "sum": bits, by the same names,
              "uncovered": bits that no charge covers, of an "answer", a "look" at what is left of
-             the budget, a "load" of the engine, a "stall" of its pipe, and of a "day",
+             the budget, a "load" of the engine, and of a "day",
              "seen_without_keys": text, "not_counted": {what: why}, "malicious_host": text, "audit":
              null or {"bits_per_token", "source"}, "models": [{"name", "bytes", "source",
              "lifetime": bytes, "lease": {"budget", "by_clock", "bytes": the less of both,
@@ -642,8 +642,7 @@ def show_bound(figures):
     print("the less of both")
     beyond, audit = figures["uncovered"], figures["audit"]
     print(f"beyond what is charged: {beyond['answer']:.2g} bits an answer, ", end="")
-    print(f"{beyond['look']:.2g} a look at the budget, {beyond['load']:.2g} a load, ", end="")
-    print(f"{beyond['stall']:.2g} a tick at which the engine's pipe is full: ", end="")
+    print(f"{beyond['look']:.2g} a look at the budget, {beyond['load']:.2g} a load: ", end="")
     print(f"at most {beyond['day']:,} bits a day")
     print(f"latency: {facts['latency_ms']} ms changes nothing, since a cell that is full ", end="")
     print("does not wait")
