@@ -824,7 +824,7 @@ REFUSALS = ("prompt_invalid", "prompt_too_long", "too_many_tokens")
 # After these a session goes on: the request was wrong, or its moment.
 CORRECTABLE = (*REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 FAILURES = ("model_invalid", "no_engine", "out_of_memory")
-ENDING_BITS = 4  # log2 of all endings, refusals and failures that an engine can choose from
+ENDING_BITS = 32  # of an ending, refusal or failure that an engine chooses, and of its moment
 LENGTH_BITS = 32  # of a number that the engine reports
 
 

@@ -117,7 +117,7 @@ class ByOtherWays(unittest.TestCase):
         free = ticks - cells
         which = cells * math.log2(ticks / cells) + free * math.log2(ticks / free)
         expected = {"tokens": cells * 3640, "cell counts": cells * 9, "ticks": math.ceil(which)}
-        expected |= {"endings": (cells + 128) * 4, "lengths": (cells + 128) * 32}
+        expected |= {"endings": (cells + 128) * 32, "lengths": (cells + 128) * 32}
         expected |= {"loads": 9 * 32, "handshakes": 0, "errors": 0}
         self.assertEqual(bound.amounts(DEMO, DAY), expected)
         figures = document("--vocabulary", 768)
@@ -157,11 +157,11 @@ class ByOtherWays(unittest.TestCase):
             a_tick = [1 + 0, *[1 + 16 + 2] * 512, *[1 + 24 + 2] * 512**2]
             self.assertEqual(len(a_tick), 1 + 512 + 512**2)
         of_tick = sum(2.0**-bits for bits in a_tick)
-        ends = [4] * 6 + [4 + 32] * 6 * 3  # with a prompt's length of 1 to 3, or none
+        ends = [32] * 6 + [32 + 32] * 6 * 3  # with a prompt's length of 1 to 3, or none
         of_end = sum(2.0**-bits for bits in ends)
         total = sum(of_end * of_tick**n for n in range(200))
         self.assertAlmostEqual(told["answer"], max(0, math.log2(total)))
-        looks = sum(2.0 ** (-4 * n) for n in range(50))
+        looks = sum(2.0 ** (-32 * n) for n in range(50))
         self.assertAlmostEqual(told["look"], math.log2(looks))
         # A death and a load at any of 864,000 ticks of a day, and one of 3 numbers, for 32 bits.
         self.assertAlmostEqual(told["load"], math.log2(864_000**2 * 3) - 32)
