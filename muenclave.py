@@ -114,11 +114,9 @@ def drop_privileges(role, level):
     """Give up user, groups, capabilities and core dumps; die with init.
 
     Single-threaded, since these are per thread. level: "full" changes to the role's own uid,
-    "seccomp" keeps it, "none" changes nothing. Raises OSError. An init that has died before
-    PR_SET_PDEATHSIG is found out by the first use of a socket.
+    "seccomp" keeps it. Raises OSError. An init that has died before PR_SET_PDEATHSIG is found out
+    by the first use of a socket.
     """
-    if level == "none":
-        return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if role != "loader":  # which sizes the arena, a file to the kernel
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -163,10 +161,8 @@ def filter_program(role):
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def confine(role, level):
+def confine(role):
     """Install the role's filter on every thread of this process. Raises OSError."""
-    if level == "none":
-        return
     code = ctypes.create_string_buffer(filter_program(role))
     header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(code))
     result = libc().syscall(SECCOMP, MODE_FILTER, ALL_THREADS, ctypes.c_char_p(header))
@@ -567,7 +563,7 @@ class Gate:
             kind, _, value = mp.PIPE.unpack(mp.read_exactly(engine, mp.PIPE.size))
         except (EOFError, OSError):
             raise ProtocolError("out_of_memory") from None  # the kernel ended it
-        self.charge(mp.LENGTH_BITS)  # the engine chose the moment and the number
+        self.charge(2 * mp.LENGTH_BITS)  # the engine chose its end's moment, this one, the number
         if kind != mp.LOADED:
             raise ProtocolError(mp.FAILURES[min(value, len(mp.FAILURES) - 1)])
         with self.lock:
@@ -885,7 +881,7 @@ def gate_main(settings, control):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         mp.warm_up()
         drop_privileges("gate", settings["ENCLAVE_CONFINEMENT"])
-        confine("gate", settings["ENCLAVE_CONFINEMENT"])
+        confine("gate")
     except Exception as error:  # noqa: BLE001  whatever it is, init says it in one line
         control.send(b"e" + (str(error).partition("\n")[0] or repr(error)).encode()[:500])
         return 1
@@ -944,7 +940,7 @@ def loader_main(settings, gate, engine):
     from cryptography.exceptions import InvalidTag
 
     drop_privileges("loader", settings["ENCLAVE_CONFINEMENT"])
-    confine("loader", settings["ENCLAVE_CONFINEMENT"])
+    confine("loader")
     container = mp.Container(mp.read_frame(gate, mp.HEADER_LIMIT))
     cipher = mp.aead(container.chunk_key(mp.read_frame(gate, 32)))
     try:
@@ -1021,7 +1017,7 @@ def engine_main(settings, gate, loader):
     drop_privileges("engine", level)
     try:
         warm_up(mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode(), settings)
-        confine("engine", level)
+        confine("engine")
         with loader:
             files = map_arena(loader)
         fields, facts, prompts = (json.loads(bytes(files[name])) for name in ENGINE_FILES)

@@ -912,9 +912,12 @@ class Account:
 
     def admit(self, request):
         """The request as the engine gets it. policy_refused: a verified answer has a seed, and of
-        the sampling only its temperature is the user's.
+        the sampling only its temperature is the user's; text has no constant shape.
         """
-        if not self.lease["policy"]["verified"]:
+        policy = self.lease["policy"]
+        if policy["shape"] == "constant" and request.get("encoding") == "text":
+            raise ProtocolError("policy_refused")
+        if not policy["verified"]:
             return request
         if NEUTRAL.keys() & request.keys() or "seed" not in request:
             raise ProtocolError("policy_refused")

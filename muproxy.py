@@ -237,7 +237,7 @@ class Refusal(ProtocolError):
         super().__init__("evidence_refused", "; ".join(failed))
 
 
-def check_measurement(measurement, reference, model=None, allow_unconfined=False):
+def check_measurement(measurement, reference, model=None):
     """The checks of a MEASUREMENT against the reference values. [Check]
 
     model: digest (hexadecimal) of the sealed model that must be the enclave's, None for any.
@@ -246,11 +246,11 @@ def check_measurement(measurement, reference, model=None, allow_unconfined=False
     got, sealed = measurement["measurement"], measurement["model"]
     model = model or reference.get("model")
     withdrawn = {got, expected} & set(reference["withdrawn"])
-    level, levels = posture["confinement"], ["full", "seccomp", "none"][: 2 + allow_unconfined]
+    level = posture["confinement"]
     return [
         Check("measurement", expected, got, got == expected),
         Check("withdrawn", "no", "yes" if withdrawn else "no", not withdrawn),
-        Check("confinement", " or ".join(levels), level, level in levels),
+        Check("confinement", "full or seccomp", level, level != "none"),
         Check("debug", "no", "yes" if posture["debug"] else "no", not posture["debug"]),
         Check("model", model or "any", sealed, model in (None, sealed)),
     ]
@@ -1408,7 +1408,7 @@ def address_of(text):
 
 
 REACH = "host port rate-kb "
-VERIFY = REACH + "reference expected-measurement psk model allow-unconfined "
+VERIFY = REACH + "reference expected-measurement psk model "
 LOGGED = VERIFY + "vocabulary audit-log "
 TALK = LOGGED + "token-file max-tokens temperature top-p top-k seed stop system raw "
 VERBS = {  # verb: function, help, flags
@@ -1427,7 +1427,6 @@ FLAGS = {  # flag: type, default, help
     "expected-measurement": (str, None, "a measurement instead of that file, for kind psk"),
     "psk": (read_secret, None, "file of the provisioning secret, for kind psk"),
     "model": (read_container, None, "sealed model that must be the enclave's"),
-    "allow-unconfined": (bool, False, "accept an enclave without confinement"),
     "token-file": (read_token, None, "file of the access token (chat: or MUENCLAVE_TOKEN is set)"),
     "vocabulary": (read_vocabulary, None, "token table (.vocab), to see answers as they come"),
     "audit-log": (AuditLog, None, "file to add each exchange to, for the owner's replay audit"),
@@ -1477,7 +1476,6 @@ def connector(options, **wanted):
     is_owner = "key" in options or getattr(options, "log", None)
     role = "owner" if is_owner else getattr(options, "role", "user")
     wanted |= {"model": options.model.digest if options.model else None}
-    wanted |= {"allow_unconfined": options.allow_unconfined}
     if getattr(options, "audit_log", None):
         if options.vocabulary is None:
             raise Failure("--audit-log needs --vocabulary FILE: text does not tell the token ids")

@@ -422,7 +422,7 @@ class Budget(Case):
         if status()["lease"]:
             lock(shared)
         known, before = len(shared.lines), shared.pids()
-        bits = 8 * self.BYTES - mp.LENGTH_BITS  # the engine chose when, and what, it had loaded
+        bits = 8 * self.BYTES - 2 * mp.LENGTH_BITS  # the engine chose when, and what, it had loaded
         self.assertEqual(shared.unlock(budget=self.BYTES)["budget_left"], bits // 8)
         engine = shared.pids()["engine"]
         vocabulary = muproxy.read_vocabulary(site.vocabulary)

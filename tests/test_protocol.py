@@ -1060,6 +1060,17 @@ class Account(unittest.TestCase):
         account.add(self.lease(2), 0, KEY)
         self.assertEqual(account.admit({"prompt": "a", "top_k": 9}), {"prompt": "a", "top_k": 9})
 
+    def test_constant_shape(self):
+        """An answer as text comes in one piece at its end, so that it has no such shape."""
+        account = mp.Account()
+        account.add(self.lease(1, policy=POLICY | {"shape": "constant"}), 0, KEY)
+        text = {"prompt": "a", "encoding": "text"}
+        self.assertEqual(outcome(lambda: account.admit(text)), "policy_refused")
+        ids = {"prompt": "a", "encoding": "ids"}
+        self.assertEqual(account.admit(ids), ids)
+        account.add(self.lease(2), 0, KEY)
+        self.assertEqual(account.admit(text), text)
+
     def test_users(self):
         account = mp.Account()
         self.assertEqual(outcome(lambda: account.user("a")), "locked")

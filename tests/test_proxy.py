@@ -365,8 +365,7 @@ class Evidence(Case):
         wrong = self.failed(other, {"withdrawn": ["11" * 32]})
         self.assertEqual(wrong, {"measurement", "withdrawn"})
         self.assertEqual(self.failed({"posture": none}), {"confinement"})
-        self.assertEqual(self.failed({"posture": none}, allow_unconfined=True), set())
-        self.assertEqual(self.failed({"posture": debug}, allow_unconfined=True), {"debug"})
+        self.assertEqual(self.failed({"posture": debug}), {"debug"})
         self.assertEqual(self.failed(model="22" * 32), set())
         self.assertEqual(self.failed(model="33" * 32), {"model"})
         self.assertEqual(self.failed(reference={"model": "33" * 32}), {"model"})
@@ -498,12 +497,6 @@ class Handshake(Case):
 
             self.assertEqual(self.failed_checks(self.refused(edit)), {"proof"})
         self.refused(lambda side, n, p: [bytes(5000) if (side, n) == ("e", 1) else p], "bad_frame")
-
-    def test_unconfined_enclave(self):
-        loose = self.enclave("--unconfined")
-        error = self.assertCode("evidence_refused", open_session, loose.address)
-        self.assertEqual(self.failed_checks(error), {"confinement"})
-        open_session(loose.address, allow_unconfined=True).close()
 
     def test_nobody_there(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:

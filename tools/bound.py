@@ -24,8 +24,7 @@ LONG = 1000 * DAY  # over which a steady rate is taken: neither burst nor roundi
 TICK_BITS = 1
 SHAPES = {  # of a lease's policy: what who has no session's keys sees
     "plain": "which ticks have a cell",
-    "constant": "when an answer ends: before that it has a cell at every tick. That holds for "
-    "answers as ids; one that the enclave renders as text shows its length in cells",
+    "constant": "when an answer ends: before that it has a cell at every tick",
 }
 
 # vocabulary: entries of the table of ids. context: tokens. audited: bits a token that an audit
@@ -35,7 +34,7 @@ Configuration = collections.namedtuple("Configuration", FIELDS)
 
 # Where the gate charges: function, what for, channels. A test compares that with its source.
 CHARGES = (
-    ("Gate.load", "mp.LENGTH_BITS", ("loads",)),
+    ("Gate.load", "2 * mp.LENGTH_BITS", ("loads",)),
     ("Gate.take_message", "mp.LENGTH_BITS", ("lengths",)),
     ("Gate.take_message", "mp.ENDING_BITS", ("endings",)),
     ("Gate.pass_ticks", "now - ticks", ("ticks",)),
@@ -98,7 +97,7 @@ def amounts(config, seconds):
         "ticks": math.ceil(TICK_BITS * placed(of["cells"], of["ticks"])),
         "endings": of["answers"] * mp.ENDING_BITS,
         "lengths": of["answers"] * mp.LENGTH_BITS,
-        "loads": of["loads"] * mp.LENGTH_BITS,
+        "loads": of["loads"] * 2 * mp.LENGTH_BITS,
         "handshakes": 0,
         "errors": 0,
     }
@@ -138,7 +137,7 @@ def abouts(config):
         "ticks": f"{TICK_BITS} bit a tick of an open answer: whether it has a cell, when it ends",
         "endings": f"{mp.ENDING_BITS} bits an answer: its end or refusal",
         "lengths": f"{mp.LENGTH_BITS} bits an answer: what it says of the prompt's length",
-        "loads": f"{mp.LENGTH_BITS} bits each, {muenclave.RESPAWNS + 1} a lease at most",
+        "loads": f"{2 * mp.LENGTH_BITS} bits each, {muenclave.RESPAWNS + 1} a lease at most",
         "handshakes": "an engine chooses nothing of them; what has died shows, as a load",
         "errors": "a cell like others; each code that an engine can cause is an ending or a load",
     }
@@ -166,7 +165,7 @@ def uncovered(config):
     answer = ends * lengths / (1 - a_tick) if a_tick < 1 else math.inf
     look = 1 / (1 - 2.0**-mp.ENDING_BITS)
     moments = config.expiry * mp.NANOSECOND / tap.tick_of(config.rate)
-    load = 2 * math.log2(moments) + math.log2(config.context) - mp.LENGTH_BITS
+    load = 2 * math.log2(moments) + math.log2(config.context) - 2 * mp.LENGTH_BITS
     told = {"answer": math.log2(answer), "look": math.log2(look), "load": load}
     return {event: max(0.0, bits) for event, bits in told.items()}
 

@@ -24,7 +24,7 @@ import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
-LEVELS = ("full", "seccomp", "none")  # of confinement; the posture says which
+LEVELS = ("full", "seccomp")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
 LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
 # What else of the environment the enclave gets: whatever it inherits, its engine can read.
@@ -83,8 +83,8 @@ def check_files(values):
 
 def check_machine(level):
     """Refuse a machine that can't confine, or that lacks a package. Raises StartError."""
-    if level != "none" and platform.machine() != "x86_64":
-        raise StartError("this machine has no seccomp filter for us; see --unconfined")
+    if platform.machine() != "x86_64":
+        raise StartError("this machine has no seccomp filter for us: x86-64 is needed")
     if level == "full" and os.getuid() != 0:
         raise StartError("ENCLAVE_CONFINEMENT=full needs root, to give each process its own uid")
     for name in ("cryptography", "torch", "transformers"):
@@ -101,8 +101,6 @@ def make_parser():
             text = f"{name} (default: {default or 'none'})"
             parser.add_argument(flag, dest=name, help=text)
     parser.add_argument("--conf", default=muenclave.CONFIG_FILE, help="file of KEY=value lines")
-    unconfined = {"action": "store_const", "const": "none", "dest": "ENCLAVE_CONFINEMENT"}
-    parser.add_argument("--unconfined", **unconfined, help="development only; proxies refuse it")
     parser.add_argument("--code", type=pathlib.Path, default=ROOT, metavar="DIR", help="to start")
     return parser
 
