@@ -534,7 +534,7 @@ class Gate:
                     self.read_engine()
                 with self.lock:
                     for reply in self.replies.values():
-                        reply.error = reply.error or "engine_lost"
+                        reply.error = reply.error or self.code or "engine_lost"
                     self.replies.clear()
                     if self.enter("loading", "ready"):
                         self.log("engine lost")
