@@ -796,7 +796,7 @@ class Session:
         self.heads = None
         try:
             if self.role == "owner":
-                self.command(mp.parse_message(body, *mp.OWNER, *mp.SCORE))
+                self.command(mp.parse_message(body, *mp.OWNER, *mp.SCORE, mp.CANCEL))
             else:
                 self.answer(mp.parse_message(body, mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL))
         except ProtocolError as error:
@@ -806,7 +806,7 @@ class Session:
 
     def command(self, command):
         """An owner's status, lock or revoke, or an answer to score."""
-        if "score" in command:
+        if "score" in command or "cancel" in command:
             return self.answer(command)
         if "lock" in command:
             self.gate.end_lease("lease_ended")

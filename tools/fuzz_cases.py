@@ -514,8 +514,11 @@ def scores(chance):
     actions = [action for body in bodies for action in (do("say", data=body), do("read"))]
     yield session("owner", *actions, do("say", data=STATUS), do("read"))
     yield session("user", *actions, do("say", data=REQUEST), do("read"))
+    score, cancel, read = do("say", data=SCORE % "[1,2,3]"), do("say", data=CANCEL), do("read")
+    yield session("owner", cancel, score, cancel, read, cancel, cancel, score, read, cancel)
     for how in ("close", "half", "reset"):
-        yield session("owner", do("say", data=SCORE % "[1,2,3]"), do("leave", how=how))
+        yield session("owner", score, do("leave", how=how))
+        yield session("owner", score, cancel, do("leave", how=how))
 
 
 @case

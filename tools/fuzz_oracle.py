@@ -497,9 +497,10 @@ class Peer:
                 kind = ("wrong", error.code)
             self.due.append(kind)
             return
-        form, command = parse(body, "status", "lock", "revoke", "score", "score_chat")
-        if "score" in command:
-            self.due.append(("answer", command))
+        forms = ("status", "lock", "revoke", "score", "score_chat", "cancel")
+        form, command = parse(body, *forms)
+        if "score" in command or form == "cancel":
+            self.due.append(("cancel",) if form == "cancel" else ("answer", command))
             return
         self.due.append(("closed",) if form == "lock" and self.world.is_ready else ("ready",))
         if form == "revoke" and command["revoke"] in self.world.users:

@@ -40,8 +40,8 @@ SCHEMAS = {  # target: (schemas of muprotocol, forms of the oracle)
     "user-token": ((mp.ACCESS,), ("access",)),
     "request": ((mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL), ("generate", "chat", "cancel")),
     "command": (
-        (*mp.OWNER, *mp.SCORE),
-        ("status", "lock", "revoke", "score", "score_chat"),
+        (*mp.OWNER, *mp.SCORE, mp.CANCEL),
+        ("status", "lock", "revoke", "score", "score_chat", "cancel"),
     ),
     "progress": ((mp.PROGRESS, mp.READY, mp.ERROR), ("progress", "ready", "error")),
     "final": ((mp.FINAL, mp.ERROR), ("final", "error")),
