@@ -681,6 +681,7 @@ class Session:
                 self.meter, self.is_known = self.gate.cells, True
                 self.await_ready()
                 while True:
+                    self.heads = None
                     self.await_frame()
                     self.serve(self.read(FRAME_SECONDS))
             except ProtocolError as error:
@@ -793,7 +794,6 @@ class Session:
 
     def serve(self, body):
         """Step 4: a request, or an owner's command. A mistake may be mended by the next one."""
-        self.heads = None
         try:
             if self.role == "owner":
                 self.command(mp.parse_message(body, *mp.OWNER, *mp.SCORE, mp.CANCEL))
