@@ -264,7 +264,8 @@ def is_for_development(reference):
 # ==== the outer meter
 
 CONNECT_SECONDS = 10
-LEAST_BUFFER, LEAST_RATE = 4 << 10, 64  # bytes; bytes a second
+LEAST_BUFFER = 4 << 10  # bytes
+LEAST_RATE = 64  # bytes a second
 
 
 class Inlet:
@@ -668,10 +669,11 @@ class Pool:
 # the client to take what we send.
 HEAD_SECONDS = BODY_SECONDS = WRITE_SECONDS = 30
 LINGER_SECONDS = 2  # for a client to read our answer to a body that we did not
-CONNECTIONS, BODY_LIMIT = 128, mp.REQUEST_FRAME  # at once, a thread each; bytes
+CONNECTIONS = 128  # at once, a thread each
+BODY_LIMIT = mp.REQUEST_FRAME
 BODY_FIELDS = {"content-length", "transfer-encoding"}  # of the head of a request with a body
-# Between two handshakes for the health alone, metered as all are; what we tell those to come back.
-HEALTH_SECONDS, RETRY_SECONDS = 30, 5
+HEALTH_SECONDS = 30  # between two handshakes for the health alone: they are metered as all are
+RETRY_SECONDS = 5
 COMPLETION_TOKENS = 16  # OpenAI's default where there are no messages
 STATUSES = dict.fromkeys((*mp.REFUSALS, "policy_refused", "bad_message"), 400)
 STATUSES |= {"token_refused": 401, "busy": 429, "timeout": 504}  # else 503
