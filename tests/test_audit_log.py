@@ -313,6 +313,41 @@ class Exchanges(Case):
             self.assertEqual((refused["ending"], refused["heads"]), ("policy_refused", None))
             self.check_chain(found, FIRST, head(extra), mp.NEUTRAL)
 
+    def test_cells_that_hold_nothing(self):
+        """A constant shape sends them while an engine says nothing: no part of an answer."""
+        policy = {"verified": False, "latency_ms": 0, "shape": "constant"}
+        inlet = muproxy.Inlet(10**9, 1 << 30)
+        with Enclave(site, environment=ONE_THREAD) as extra:
+            extra.unlock(policy=policy)
+            with self.session(extra, inlet=inlet) as session:
+                request, before = {"prompt": "The", "max_new_tokens": 5}, inlet.received
+                lists = session.exchange(request, vocabulary())
+                with engine_held(extra) as go_on, concurrent.futures.ThreadPoolExecutor() as pool:
+                    done = pool.submit(list, lists)
+                    wait_until(lambda: inlet.received >= before + 5 * mp.CELL)
+                    go_on()
+                    came = done.result(SECONDS)
+            self.assertTrue(all(came))
+            (entry,) = found = entries(self.log)
+            self.assertEqual(sum(came, []), entry["ids"])
+            self.check_chain(found, FIRST, head(extra))
+
+    def test_an_owner_has_an_entry_scored(self):
+        """Through the same door: what was answered here follows from its request and seed."""
+        with self.session() as session:
+            list(session.generate({"prompt": "The", "max_new_tokens": 9}, vocabulary()))
+        (entry,) = entries(self.log)
+        score = {"ids": entry["ids"], "tolerance": 0.01}
+        with contextlib.closing(enclave.session("owner")) as owner:
+            owner.prove(session_token(enclave))
+            codes = sum(owner.exchange(entry["request"] | {"score": score}, mp.CODES), [])
+            self.assertEqual(codes[::2], [0] * (len(codes) // 2))
+            self.assertGreaterEqual(len(codes), 2 * len(entry["ids"]))
+            score["ids"] = [(score["ids"][0] + 1) % len(vocabulary()), *score["ids"][1:]]
+            codes = sum(owner.exchange(entry["request"] | {"score": score}, mp.CODES), [])
+            self.assertGreater(codes[0], 0)
+            self.assertEqual(owner.entry["heads"], owner.final["heads"])
+
     def test_end_of_the_lease(self):
         """In the midst of answers: each has its place in the chain, with what was delivered."""
         with Enclave(site, environment=ONE_THREAD) as extra:
