@@ -546,6 +546,7 @@ class Gate:
 
     def load(self):
         """Start loader and engine; wait until the model can answer. Raises ProtocolError."""
+        self.charge(2 * mp.LENGTH_BITS)  # the engine chooses when it comes, its number, when it goes
         try:
             self.control.send(b"s")
             _, numbers, _, _ = socket.recv_fds(self.control, 16, 2)
@@ -563,7 +564,6 @@ class Gate:
             kind, _, value = mp.PIPE.unpack(mp.read_exactly(engine, mp.PIPE.size))
         except (EOFError, OSError):
             raise ProtocolError("out_of_memory") from None  # the kernel ended it
-        self.charge(2 * mp.LENGTH_BITS)  # the engine chose its end's moment, this one, the number
         if kind != mp.LOADED:
             raise ProtocolError(mp.FAILURES[min(value, len(mp.FAILURES) - 1)])
         with self.lock:
@@ -844,7 +844,7 @@ class Session:
             gate.cancel(reply)
             ending = "stop" if cutter.stopped else reply.error or reply.ending
             self.heads = gate.chain(reply, ending)
-        ticks = gate.pass_ticks(began, ticks)
+            ticks = gate.pass_ticks(began, ticks)
         if reply.error:
             limit = gate.context if reply.error in mp.REFUSALS[1:] else None
             raise ProtocolError(reply.error, limit=limit)
