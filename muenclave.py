@@ -546,7 +546,7 @@ class Gate:
 
     def load(self):
         """Start loader and engine; wait until the model can answer. Raises ProtocolError."""
-        self.charge(2 * mp.LENGTH_BITS)  # the engine chooses when it comes, its number, when it goes
+        self.charge(2 * mp.LENGTH_BITS)  # the engine chooses when it comes and goes, a number
         try:
             self.control.send(b"s")
             _, numbers, _, _ = socket.recv_fds(self.control, 16, 2)
