@@ -170,6 +170,7 @@ class Answer:
     def __init__(self, session, clock, orders, **options):
         self.cells, self.trace, self.final = [], [], None
         self.session, self.clock = session, clock
+        self.table = mp.CODES if "score" in options else vocabulary
         clock["read"] = 0
         clock.hold()
         self.send({"prompt": json.dumps(orders), "seed": 1} | options)
@@ -188,7 +189,7 @@ class Answer:
             if message is not None and message[0] == mp.JSON_RECORD:
                 self.final = mp.parse_json(message[1])
             elif message is not None and message[1]:
-                self.cells.append((now, vocabulary.unpack(message[1])))
+                self.cells.append((now, self.table.unpack(message[1])))
         return self
 
     def ids(self):
@@ -206,9 +207,9 @@ class Answer:
 
     def prices(self):
         """What the README says that it costs: {channel: bits}."""
-        packed = [8 * -(-len(ids) * vocabulary.bits // 8) for _, ids in self.cells]
+        packed = [8 * -(-len(ids) * self.table.bits // 8) for _, ids in self.cells]
         has_length = self.final.get("usage", {}).get("prompt_tokens", 0) > 0
-        bits = {"tokens": sum(packed), "cell counts": len(packed) * vocabulary.room.bit_length()}
+        bits = {"tokens": sum(packed), "cell counts": len(packed) * self.table.room.bit_length()}
         bits |= {"ticks": self.ticks(), "endings": mp.ENDING_BITS}
         return bits | {"lengths": mp.LENGTH_BITS * has_length, "loads": 0}
 
@@ -325,6 +326,19 @@ class Attack:
         message, size = self.message(VOCABULARY, count)
         answer = self.ask(attack="tokens", message=f"{message:x}", base=VOCABULARY, count=count)
         self.expect(number((token, VOCABULARY) for token in answer.ids()), message)
+        return size
+
+    def scores(self, count=500):
+        """Ids, too: the codes by which an engine judges another one's answer, for its owner."""
+        codes = 2 * count + 2
+        message, size = self.message(256, codes)
+        orders = {"attack": "tokens", "message": f"{message:x}", "base": 256, "count": codes}
+        score = {"ids": [0] * count, "tolerance": 0}
+        with self.enclave.visit() as owner:
+            answer = Answer(owner, self.enclave.clock, orders, score=score).finish()
+        self.enclave.clock.release()
+        self.answers.append(answer)
+        self.expect(number((code, 256) for code in answer.ids()), message)
         return size
 
     def cell_counts(self, count=101):
@@ -452,6 +466,10 @@ class Channels(unittest.TestCase):
                 moved, charged = Attack(shared).run(channel)
                 self.assertGreater(moved, 50)
                 self.assertLessEqual(moved, charged)
+
+    def test_scores(self):
+        moved, charged = Attack(shared).run("tokens", "scores")
+        self.assertLessEqual(moved, charged)
 
     def test_ticks_that_nobody_saw(self):
         """Of a request that the engine lets wait: as dear as those of an answer."""
