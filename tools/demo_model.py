@@ -141,10 +141,10 @@ def samples(tokenizer, texts, answers, draw):
     return rows
 
 
-def batches(tokenizer, texts, answers):
-    """STEPS batches of ROWS rows; a row is whole samples one after another, at most WIDTH ids."""
+def batches(tokenizer, texts, answers, steps):
+    """So many batches of ROWS rows; a row is whole samples one after another, at most WIDTH ids."""
     draw, rows = random.Random(0), []
-    for _ in range(STEPS):
+    for _ in range(steps):
         while len(rows) <= ROWS:
             for ids in samples(tokenizer, texts, answers, draw):
                 if rows and len(rows[-1]) + len(ids) <= WIDTH:
@@ -155,8 +155,8 @@ def batches(tokenizer, texts, answers):
         del rows[:ROWS]
 
 
-def train(say):
-    """(model in float32, tokenizer)."""
+def train(say, steps=STEPS):
+    """(model in float32, tokenizer); with other steps it is another model, of the same text."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -172,8 +172,8 @@ def train(say):
     model.generation_config = GenerationConfig(do_sample=False, **ends)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     began = time.monotonic()
-    for step, rows in enumerate(batches(tokenizer, texts, answers), 1):
-        warm, left = step / WARM_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+    for step, rows in enumerate(batches(tokenizer, texts, answers, steps), 1):
+        warm, left = step / WARM_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(warm, left)
         width = max(map(len, rows))
@@ -183,9 +183,9 @@ def train(say):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0 or step == STEPS:
+        if step % 10 == 0 or step == steps:
             seconds = time.monotonic() - began
-            say(f"step {step} of {STEPS}, loss {loss.item():.2f}, {seconds:.0f} s")
+            say(f"step {step} of {steps}, loss {loss.item():.2f}, {seconds:.0f} s")
     return model.eval(), tokenizer
 
 
@@ -223,12 +223,12 @@ def cached(name, make):
     return place
 
 
-def demo_model(dtype="bfloat16", shards=1, say=lambda text: None):
+def demo_model(dtype="bfloat16", shards=1, say=lambda text: None, steps=STEPS):
     """The cached model's directory, in about so many files of weights. Trained if it has to be."""
-    name = f"demo-{recipe()}"
+    name = f"demo-{recipe()}" + ("" if steps == STEPS else f"-{steps}")
 
     def make_trained(folder):
-        model, tokenizer = train(say)
+        model, tokenizer = train(say, steps)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
