@@ -518,7 +518,7 @@ class Rows(unittest.TestCase):
     def test_how_many_tokens_find_it(self):
         """All tokens of 7 answers in 20 are refused: a sample finds one with 95 %."""
         sample = [scored(n, [FAR if n % 3 == 1 else EQUAL] * 10) for n in range(20)]
-        row = measurement.attack_row("float32", "x", judge(*sample))
+        row = measurement.attack_row(judge(*sample))
         self.assertEqual((row["tokens"], row["refused"], row["alone"]), (200, 70, 7))
         missed = (
             math.comb(13, count) / math.comb(20, count) for count in itertools.count(1)
@@ -528,17 +528,16 @@ class Rows(unittest.TestCase):
         self.assertEqual(row["needed"]["tokens"], 10 * row["needed"]["exchanges"])
 
     def test_what_is_not_found(self):
-        row = measurement.attack_row("float32", "x", judge(*[scored(1, [EQUAL] * 20)] * 5))
+        row = measurement.attack_row(judge(*[scored(1, [EQUAL] * 20)] * 5))
         self.assertEqual((row["alone"], row["needed"]), (0, None))
 
     def test_honest(self):
-        known = {"tolerance": 1.0, "tokens": 500}
         verdict = judge(*(scored(n, [NEAR, *[EQUAL] * 19]) for n in range(20)))
-        row = measurement.honest_row("float32", 8, verdict, known)
+        row = measurement.honest_row(verdict)
         self.assertEqual((row["tokens"], row["equal"], row["refused"]), (400, 380, 0))
         self.assertEqual((row["false_alarms"], row["audits"]), (0, measurement.AUDITS))
         verdict = judge(*(scored(n, [FAR] * 20) for n in range(20)))
-        row = measurement.honest_row("float32", 8, verdict, known)
+        row = measurement.honest_row(verdict)
         self.assertEqual(row["false_alarms"], measurement.AUDITS)
 
     def test_rounding_to_8_bits(self):
@@ -554,6 +553,7 @@ class Rows(unittest.TestCase):
 
 # ---------------------------------------------------------------- real enclaves
 
+NEAR_ENOUGH = audit.Rule(0.25, 0.001, 0.01, 0.95)  # more than an honest engine needs
 PATIENCE = ("--rate-kb", "100000")  # no outer meter to wait for
 QUESTION = {"messages": [{"role": "user", "content": "Tell me about zen."}], "temperature": 0.8}
 
@@ -585,7 +585,7 @@ class Live(unittest.TestCase):
         cls.addClassCleanup(cls.scorer.end)
         with measurement.Enclave(cls.folder, cls.source, 8, is_verified=True) as enclave:
             cls.talk(enclave)
-            measurement.answers(enclave, 4, 400, 3, cls.entries)
+            measurement.answers(enclave, 8, 250, 3, cls.entries)
             cls.chat(enclave)
             done = support.own("lock", *enclave.flags(), "--ledger", enclave.ledger)
             assert done.returncode == 0, done.stderr
@@ -700,12 +700,12 @@ class Live(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertIn("0 exchanges lead to its head", alarms)
 
-    def attack(self, source, code=support.ROOT, slots=8, tolerance=0.25):
+    def attack(self, source, code=support.ROOT, slots=8, rule=NEAR_ENOUGH, tokens=150):
         """The verdict on what such an enclave says; its chain is whole."""
         with measurement.Enclave(self.folder, source, slots, code) as enclave:
-            chain = measurement.answers(enclave, slots, 400, 4)
+            chain = measurement.answers(enclave, slots, tokens, 4)
         self.assertEqual(chain.alarms(), [])
-        return measurement.judge(self.scorer, chain, chain.verified, tolerance)
+        return measurement.judge(self.scorer, chain, chain.verified, rule)
 
     def test_another_model(self):
         verdict = self.attack(swapped_layers(self.source, self.folder / "swapped"))
@@ -714,11 +714,10 @@ class Live(unittest.TestCase):
 
     def test_8_bit_weights(self):
         """So close that many tokens are needed; alone in the batch no token may differ at all."""
-        verdict = self.attack(measurement.quantised_model(self.source), slots=1, tolerance=0)
+        model = measurement.quantised_model(self.source)
+        verdict = self.attack(model, slots=1, rule=measurement.EXACT, tokens=400)
         self.assertGreater(verdict.figures["tokens"]["refused"], 0)
-        exact = audit.Rule(0, 0, 0.01, 0.95)
-        arguments = (verdict.sample, verdict.chain, exact, self.scorer.vocabulary(), 1024)
-        self.assertNotEqual(audit.Verdict(*arguments).alarms, [])
+        self.assertNotEqual(verdict.alarms, [])
 
     def test_a_bit_hidden_in_each_token(self):
         verdict = self.attack(self.source, measurement.hiding_code(self.folder))

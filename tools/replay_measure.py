@@ -1,19 +1,20 @@
 """What a replay audit finds, measured on the demo model: `replay_audit.py measure`.
 
-An enclave answers, another one scores what it said. Honest answers come from the model alone and
-with seven others beside it, in fp32 and in bf16; they say how many tokens are reproduced, what the
-tolerance has to be, and how often it is a false alarm. Then three that are not honest answer: (a) a
-model that was trained for half as long, (b) the model with its weights rounded to 8 bits, (c) an
-engine that hides a bit in each token, by taking the better or the second-best one. All of them are
-enclaves of the product's code, as processes without a VM; (c) alone runs a changed copy.
+An enclave answers, another one scores what it said, in fp32 and in bf16. Honest answers come first:
+they say how many tokens are reproduced and how often an audit is a false alarm. From an engine with
+one slot every token has to be equal; where seven other answers ran beside, a tolerance is chosen
+first, by answers of their own. Then three that are not honest answer: (a) a model that was trained
+for half as long, (b) the model with its weights rounded to 8 bits, (c) an engine that hides a bit
+in each token, by taking the better or the second-best one. All of them are enclaves of the
+product's code, as processes without a VM; (c) alone runs a changed copy.
 
 The document: {"tool": "replay_audit", "version": 1, "verb": "measure", "model": {"parameters",
-"vocabulary", "text"}, "rule": {"share", "false_alarm", "confidence"}, "honest": [{"dtype", "batch",
-"tokens", "equal", "refused", "tolerance", "calibrated_by", "within_bits", "within_most",
-"unnoticed_bits", "audits", "false_alarms"}], "attacks": [{"dtype", "attack", "tokens", "equal",
-"refused", "refused_interval", "exchanges", "alone": exchanges that are an alarm by themselves,
-"needed": {"exchanges", "tokens"} of a sample that finds it with the rule's confidence, null if all
-exchanges are too few}]}.
+"vocabulary", "text"}, "rule": {"share" (with a tolerance), "false_alarm", "confidence"}, "honest":
+[{"dtype", "batch", "mode": "exact" or "tolerance", "tolerance", "calibrated_by", "tokens", "equal",
+"refused", "within_bits", "within_most", "unnoticed_bits", "audits", "false_alarms"}], "attacks":
+[{"dtype", "batch", "mode", "tolerance", "attack", "tokens", "equal", "refused", "refused_interval",
+"exchanges", "alone": exchanges that are an alarm by themselves, "needed": {"exchanges", "tokens"}
+of a sample that finds it with the rule's confidence, null if all exchanges are too few}]}.
 """
 
 import contextlib
@@ -41,12 +42,12 @@ import muproxy
 from muproxy import REFUSED, Failure
 
 DTYPES = ("float32", "bfloat16")
-BATCHES = (1, 8)
+BATCHES = (1, 8)  # slots of the engine; with one of them an audit is exact
 SHORTER = 2  # times fewer steps of training: another model
 LENGTH = 160  # tokens of an answer, at most
 TEMPERATURES = (0, 0.7, 1.0, 1.5)
 SHARE = 0.001  # of honest tokens: at most so many are refused
-RULE = audit.Rule(None, SHARE, 0.01, 0.95)
+EXACT = audit.Rule(0, 0, 0.01, 0.95)
 AUDITS = 200  # drawn again and again from the scores of one log
 SAMPLE = 0.25  # share of the exchanges in such an audit of an honest log
 FREE = 1 << 30  # bytes a second, and at once: meters that are effectively off
@@ -66,7 +67,7 @@ def say(text):
 
 def run(options):
     """The whole measurement. Returns the exit status. Raises Failure, ProtocolError, OSError."""
-    least = math.ceil(stats.tokens_needed(SHARE, RULE.confidence) / CALIBRATION)
+    least = math.ceil(stats.tokens_needed(SHARE, EXACT.confidence) / CALIBRATION)
     if options.tokens < least:
         raise Failure(f"--tokens: {least:,} or more are needed")
     honest, attacks = [], []
@@ -81,8 +82,7 @@ def run(options):
         raise Failure(str(error)) from None
     facts = {"tool": "replay_audit", "version": audit.VERSION, "verb": "measure"}
     facts |= {"model": describe(), "honest": honest, "attacks": attacks}
-    rule = RULE._asdict()
-    del rule["tolerance"]
+    rule = {"share": SHARE, "false_alarm": EXACT.false_alarm, "confidence": EXACT.confidence}
     show(options, facts | {"rule": rule})
     return muproxy.DONE
 
@@ -290,41 +290,53 @@ def score_all(scorer, entries, tolerance):
         return scored, session.ready["context"]
 
 
-def judge(scorer, chain, entries, tolerance):
-    """The Verdict on these exchanges of a chain, at a tolerance."""
-    sample, context = score_all(scorer, entries, tolerance)
-    rule = RULE._replace(tolerance=tolerance)
+def judge(scorer, chain, entries, rule):
+    """The Verdict on these exchanges of a chain, by a rule."""
+    sample, context = score_all(scorer, entries, rule.tolerance)
     return audit.Verdict(sample, chain, rule, scorer.vocabulary(), context)
 
 
 def measure_type(place, dtype, tokens):
     """(honest, attacks): the document's rows of one type of numbers."""
     source = demo.demo_model(dtype)
-    honest, attacks, tolerance = [], [], 0
+    honest, attacks = [], []
     with Enclave(place, source, 1) as scorer:
         for batch in BATCHES:
             say(f"{dtype}, {batch} at a time: {tokens:,} honest tokens")
-            with Enclave(place, source, batch, is_verified=True) as enclave:
-                chain = answers(enclave, batch, round((1 + CALIBRATION) * tokens) + LENGTH, batch)
-            first, others = split(chain.verified, CALIBRATION * tokens)
-            first, _ = score_all(scorer, first, 0)
-            known = audit.calibrate(first, SHARE, RULE.confidence, scorer.vocabulary())
-            tolerance = known["tolerance"]
-            verdict = judge(scorer, chain, others, tolerance)
-            honest.append(honest_row(dtype, batch, verdict, known))
-        for name, model, code in attack_models(place, source, dtype):
-            say(f"{dtype}: {name}")
-            with Enclave(place, model, BATCHES[-1], code, is_verified=True) as enclave:
-                chain = answers(enclave, BATCHES[-1], round(tokens * ATTACK_SHARE), 7)
-            verdict = judge(scorer, chain, chain.verified, tolerance)
-            attacks.append(attack_row(dtype, name, verdict))
+            row, rule = measure_honest(place, scorer, source, batch, tokens)
+            mode = "exact" if rule == EXACT else "tolerance"
+            facts = {"dtype": dtype, "batch": batch, "mode": mode, "tolerance": rule.tolerance}
+            honest.append(facts | row)
+            for name, model, code in attack_models(place, source, dtype):
+                say(f"{dtype}, {batch} at a time: {name}")
+                with Enclave(place, model, batch, code, is_verified=True) as enclave:
+                    chain = answers(enclave, batch, round(tokens * ATTACK_SHARE), 7)
+                verdict = judge(scorer, chain, chain.verified, rule)
+                attacks.append(facts | {"attack": name} | attack_row(verdict))
     return honest, attacks
+
+
+def measure_honest(place, scorer, source, batch, tokens):
+    """(what a row has of honest answers, the rule that they gave)."""
+    before = 0 if batch == 1 else round(CALIBRATION * tokens)
+    with Enclave(place, source, batch, is_verified=True) as enclave:
+        chain = answers(enclave, batch, before + tokens + LENGTH, batch)
+    first, others = split(chain.verified, before)
+    rule = EXACT
+    if first:
+        sample, _ = score_all(scorer, first, 0)
+        known = audit.calibrate(sample, SHARE, EXACT.confidence, scorer.vocabulary())
+        rule = EXACT._replace(tolerance=known["tolerance"], share=SHARE)
+    facts = {"calibrated_by": sum(len(entry.ids) for entry in first)}
+    return facts | honest_row(judge(scorer, chain, others, rule)), rule
 
 
 def split(entries, tokens):
     """(the first of these exchanges, of so many tokens or a bit more, all others)."""
-    total = list(itertools.accumulate(len(entry.ids) for entry in entries))
-    count = 1 + next(number for number, ids in enumerate(total) if ids >= tokens)
+    count = total = 0
+    while total < tokens:
+        total += len(entries[count].ids)
+        count += 1
     return entries[:count], entries[count:]
 
 
@@ -352,28 +364,25 @@ def hiding_code(place):
 # ---------------------------------------------------------------- rows
 
 
-def honest_row(dtype, batch, verdict, known):
+def honest_row(verdict):
     """What honest answers gave."""
     tokens, hidden = verdict.figures["tokens"], verdict.figures["unnoticed"]
-    row = {"dtype": dtype, "batch": batch, "tokens": tokens["all"], "equal": tokens["equal"]}
-    row |= {"refused": tokens["refused"], "tolerance": known["tolerance"]}
-    row |= {"calibrated_by": known["tokens"], "within_bits": hidden["within"]}
-    row |= {"within_most": hidden["within_interval"][1], "unnoticed_bits": hidden["most"]}
+    row = {"tokens": tokens["all"], "equal": tokens["equal"], "refused": tokens["refused"]}
+    row |= {"within_bits": hidden["within"], "within_most": hidden["within_interval"][1]}
     count = max(1, round(SAMPLE * len(verdict.sample)))
-    row["false_alarms"] = sum(alarms(verdict, count))
-    return row | {"audits": AUDITS}
+    row |= {"unnoticed_bits": hidden["most"], "audits": AUDITS}
+    return row | {"false_alarms": sum(alarms(verdict, count))}
 
 
-def attack_row(dtype, name, verdict):
+def attack_row(verdict):
     """What an attack gave, and how large a sample finds it."""
     tokens = verdict.figures["tokens"]
-    row = {"dtype": dtype, "attack": name, "tokens": tokens["all"], "equal": tokens["equal"]}
-    row |= {"refused": tokens["refused"], "refused_interval": tokens["refused_interval"]}
-    row["exchanges"] = len(verdict.sample)
+    row = {"tokens": tokens["all"], "equal": tokens["equal"], "refused": tokens["refused"]}
+    row |= {"refused_interval": tokens["refused_interval"], "exchanges": len(verdict.sample)}
     row["alone"] = sum(is_alarm(verdict, [number]) for number in range(row["exchanges"]))
     row["needed"] = None
     for count in range(1, row["exchanges"] + 1):
-        if sum(alarms(verdict, count)) >= RULE.confidence * AUDITS:
+        if sum(alarms(verdict, count)) >= EXACT.confidence * AUDITS:
             mean = tokens["all"] / row["exchanges"]
             row["needed"] = {"exchanges": count, "tokens": round(count * mean)}
             break
@@ -396,15 +405,19 @@ def is_alarm(verdict, picked):
 def show(options, facts):
     """Tell the figures, write the document."""
     for row in facts["honest"]:
-        text = f"{row['dtype']}, {row['batch']} at a time: {row['equal'] / row['tokens']:.2%} of"
-        text += f" {row['tokens']:,} tokens equal, {row['refused']:,} refused beyond"
-        text += f" {row['tolerance']:.3g} logits; unnoticed at most {row['unnoticed_bits']:.4f}"
-        text += f" bits a token; {row['false_alarms']} of {row['audits']} audits a false alarm"
-        audit.say(options, text)
+        text = f"{row['equal'] / row['tokens']:.2%} of {row['tokens']:,} tokens equal,"
+        text += f" {row['refused']:,} refused beyond {row['tolerance']:.3g} logits; at most"
+        text += f" {row['unnoticed_bits']:.4f} bits a token unnoticed; {row['false_alarms']} of"
+        audit.say(options, f"{title(row)}: {text} {row['audits']} audits a false alarm")
     for row in facts["attacks"]:
         needed = row["needed"]
         found = f"found in {needed['tokens']:,} tokens" if needed else "not found"
-        text = f"{row['dtype']}, {row['attack']}: {row['refused'] / row['tokens']:.2%} of"
-        text += f" {row['tokens']:,} tokens refused; {row['alone']} of {row['exchanges']} answers"
-        audit.say(options, f"{text} are an alarm alone; {found}")
+        text = f"{row['refused'] / row['tokens']:.2%} of {row['tokens']:,} tokens refused;"
+        text += f" {row['alone']} of {row['exchanges']} answers are an alarm alone; {found}"
+        audit.say(options, f"{title(row)}, {row['attack']}: {text}")
     audit.write(options.json, facts)
+
+
+def title(row):
+    """What a row is of."""
+    return f"{row['dtype']}, {row['batch']} at a time, {row['mode']}"
