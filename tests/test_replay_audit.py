@@ -19,6 +19,7 @@ from tests import support
 
 sys.path.insert(0, str(support.TOOLS))
 
+import demo_model as demo  # noqa: E402
 import replay_audit as audit  # noqa: E402
 import replay_measure as measurement  # noqa: E402
 import replay_statistics as stats  # noqa: E402
@@ -723,6 +724,21 @@ class Live(unittest.TestCase):
         verdict = self.attack(self.source, measurement.hiding_code(self.folder))
         self.assertGreater(verdict.figures["tokens"]["refused_rate"], 0.2)
         self.assertNotEqual(verdict.alarms, [])
+
+    def test_ends_that_are_made_up(self):
+        """Answers cut short, and one that went on after its end: the second enclave knows."""
+        whole = audit.Entry(1, **self.entries[0])
+        self.assertEqual(whole.ending, "stop")
+        end = demo.SPECIAL.index(demo.EOT)
+        cases = {"honest": whole, "short": whole._replace(ids=whole.ids[:-3])}
+        cases["on"] = whole._replace(ids=[*whole.ids[:3], end, *whole.ids[3:]])
+        with self.scorer.session("owner") as session:
+            found = {name: audit.score(session, entry, 0.1) for name, entry in cases.items()}
+        refused = {name: judge(one).figures["tokens"]["refused"] for name, one in found.items()}
+        self.assertEqual((refused["honest"], refused["short"]), (0, 1))
+        self.assertEqual(audit.ending_problem(found["honest"], 1024), None)
+        told = audit.ending_problem(found["on"], 1024)
+        self.assertEqual(told, "its token 4 is an end, and it went on")
 
     def test_mistakes(self):
         exact = ("--exact", "--sample", "0.1")
