@@ -716,7 +716,7 @@ class Live(unittest.TestCase):
     def test_8_bit_weights(self):
         """So close that many tokens are needed; alone in the batch no token may differ at all."""
         model = measurement.quantised_model(self.source)
-        verdict = self.attack(model, slots=1, rule=measurement.EXACT, tokens=400)
+        verdict = self.attack(model, slots=1, rule=measurement.EXACT, tokens=700)
         self.assertGreater(verdict.figures["tokens"]["refused"], 0)
         self.assertNotEqual(verdict.alarms, [])
 
