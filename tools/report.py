@@ -3,10 +3,11 @@
     python3 tools/report.py [FILE.json ...] --output report.html
     python3 tools/report.py --readme [--check]
 
-The files are what `--json` of attack_surface.py, exfil_timing.py, fuzz_rpc.py and bench.py gave;
-without any, those in tools/measured, which the README is made of. The page is one file that loads
-nothing. --readme writes the README's tables anew, between their marks; --check only says whether
-they are as the files have them. Exit status: 0 if all was read and, with --check, is the same.
+The files are what `--json` of attack_surface.py, exfil_timing.py, fuzz_rpc.py, replay_audit.py and
+bench.py gave; without any, those in tools/measured, which the README is made of. The page is one
+file that loads nothing. --readme writes the README's tables anew, between their marks; --check only
+says whether they are as the files have them. Exit status: 0 if all was read and, with --check, is
+the same.
 """
 
 import argparse
@@ -43,6 +44,7 @@ KINDS = {  # tool: fields that tell its kinds of documents apart
     "bench": ("verb",),
     "exfil_timing": ("verb", "target"),
     "fuzz_rpc": ("mode",),
+    "replay_audit": ("verb",),
 }
 CHARTED = "packages executables libraries scripts setuid services files python_lines".split()
 PROTOTYPE = "Implements these controls in software, as a prototype."
@@ -421,6 +423,42 @@ def fuzzing(document):
     return f"Fuzzing, {document['mode']}", "".join(parts)
 
 
+def replay(document):
+    """What a replay audit finds."""
+    model, rule = document["model"], document["rule"]
+    text = f"A model of {model['parameters']:,} parameters and {model['vocabulary']:,} ids, which "
+    text += f"knows {model['text']}. Where answers ran beside each other, at most "
+    text += f"{rule['share']:.1%} of honest tokens may be refused. At most "
+    text += f"{rule['false_alarm']:.0%} of honest audits may be an alarm; confidence "
+    text += f"{rule['confidence']:.0%}."
+    tables = [table(head, rows) for head, rows in replay_rows(document)]
+    return "Replay audit", element("p", html.escape(text)) + "".join(tables)
+
+
+def replay_rows(document):
+    """[(head, rows)] of honest answers, and of those that are not."""
+    honest, attacks = [], []
+    for row in document["honest"]:
+        cells = [row["dtype"], row["batch"], audit_mode(row), row["tokens"]]
+        cells += [f"{row['equal'] / row['tokens']:.2%}", row["refused"]]
+        cells += [f"{row['unnoticed_bits']:.3f}", f"{row['false_alarms']} of {row['audits']}"]
+        honest.append(cells)
+    for row in document["attacks"]:
+        cells = [row["attack"], row["dtype"], row["batch"], audit_mode(row), row["tokens"]]
+        cells += [f"{row['refused'] / row['tokens']:.2%}", f"{row['alone']} of {row['exchanges']}"]
+        found = row["needed"]["tokens"] if row["needed"] else f"not in {row['tokens']:,}"
+        attacks.append([*cells, found])
+    head = ["honest answers", "at a time", "accepted", "tokens", "equal", "refused"]
+    tables = [([*head, "bits a token unnoticed, at most", "false alarms"], honest)]
+    head = ["what answers", "type", "at a time", "accepted", "tokens", "refused"]
+    return [*tables, ([*head, "answers that are an alarm alone", "found in tokens"], attacks)]
+
+
+def audit_mode(row):
+    """What a replay audit takes for equal."""
+    return "equal" if row["mode"] == "exact" else f"within {row['tolerance']:.2g} logits"
+
+
 def boot(document):
     """Time to the handshake, sizes."""
     figures = document["boot"]
@@ -513,6 +551,7 @@ SECTIONS = {  # kind of document: what makes its part of the page
     "exfil_timing measure proxy": meter,
     "fuzz_rpc in-process": fuzzing,
     "fuzz_rpc live": fuzzing,
+    "replay_audit measure": replay,
     "bench": boot,
     "bench meter": transport,
 }
@@ -601,6 +640,12 @@ def readme_fuzzing(documents):
     return rows_of(["mode", "seed", "messages", "time", "replies", "episodes", "findings"], rows)
 
 
+def readme_replay(documents):
+    """The tables of `replay_audit.py measure`."""
+    parts = replay_rows(documents["replay_audit measure"])
+    return "\n\n".join(rows_of(head, rows) for head, rows in parts)
+
+
 def readme_boot(documents):
     """The table of `bench.py boot`."""
     figures = documents["bench"]["boot"]
@@ -651,6 +696,7 @@ TABLES = {  # mark in the README: what makes the text under it
     "bound": readme_bound,
     "meters": readme_meters,
     "fuzzing": readme_fuzzing,
+    "replay": readme_replay,
     "controls": readme_controls,
     "boot": readme_boot,
     "transport": readme_transport,
