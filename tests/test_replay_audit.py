@@ -254,6 +254,14 @@ class Chains(unittest.TestCase):
         status, document = self.check([*entries, later], later["heads"][1], "--lease", "cd" * 16)
         self.assertEqual((status, document["chain"]["verified"]), (0, 3))
 
+    def test_an_error_that_ended_the_session(self):
+        """As of a user who was struck: the chain has a cancel, whatever the session heard."""
+        entry = exchange(audit.BEGINNING, 1, ending="cancelled")
+        status, document = self.check([entry | {"ending": "token_refused"}], entry["heads"][1])
+        self.assertEqual((status, document["chain"]["verified"]), (0, 1))
+        entry |= {"ending": "stop"}
+        self.assertAlarm([entry], entry["heads"][1], "")
+
     def test_changed(self):
         changes = {"ids": [5, 7], "ending": "length"}
         changes |= {"request": {"prompt": "p2", "seed": 3}}

@@ -40,6 +40,7 @@ Exit status: 0 no alarm; 1 an alarm, or refused; 2 wrong flags or files; 3 unrea
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import pathlib
@@ -87,17 +88,19 @@ def read_log(path):
 
 
 def admitted(entry, leases=()):
-    """The entry with request and lease as the gate chained them; None if it is not what it chained.
+    """The entry as the gate chained it; None if it is not what the gate chained.
 
     leases: what the lease may also have been: a session does not hear of one that was added to its
-    own, and the chain has the newest.
+    own, and the chain has the newest. A verified lease's request has neutral values. Where an error
+    ended the session with the answer, the session heard the error, and the chain has a cancel.
     """
     before, after = entry.heads
-    for lease in (entry.lease, *leases):
-        for request in (entry.request, entry.request | mp.NEUTRAL):  # the latter if it was verified
-            head = mp.chain(bytes.fromhex(before), lease, request, entry.ids, entry.ending)
-            if head.hex() == after:
-                return entry._replace(lease=lease, request=request)
+    requests = (entry.request, entry.request | mp.NEUTRAL)
+    endings = (entry.ending, "cancelled") if entry.ending in mp.ERRORS else (entry.ending,)
+    for lease, request, ending in itertools.product((entry.lease, *leases), requests, endings):
+        head = mp.chain(bytes.fromhex(before), lease, request, entry.ids, ending)
+        if head.hex() == after:
+            return entry._replace(lease=lease, request=request, ending=ending)
     return None
 
 
