@@ -260,7 +260,7 @@ class Chains(unittest.TestCase):
         status, document = self.check([entry | {"ending": "token_refused"}], entry["heads"][1])
         self.assertEqual((status, document["chain"]["verified"]), (0, 1))
         entry |= {"ending": "stop"}
-        self.assertAlarm([entry], entry["heads"][1], "")
+        self.assertAlarm([entry], entry["heads"][1], ".")
 
     def test_changed(self):
         changes = {"ids": [5, 7], "ending": "length"}
