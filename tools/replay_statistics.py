@@ -1,11 +1,11 @@
 """Statistics of the replay audit: margins and their codes, exact tests of rates, and how many bits
 an engine can hide that keeps within the tolerance.
 
-The margin of a token is by how much the best token's score was better: logits over temperature,
-plus the noise of the seed (post-Gumbel margins: arXiv 2511.20621). An honest engine's tokens have
-small ones, from sums that another machine or batch adds up in another order. An engine that hides
-data picks among the tokens that the audit would accept, so each of its tokens carries at most the
-logarithm of their number (arXiv 2511.02620).
+The margin of a token is by how much another one had the better score: its logit and the noise of
+the seed times the temperature, so that margins count in logits (arXiv 2511.20621). An honest
+engine's tokens have small ones, from sums that another machine or batch adds up in another order.
+An engine that hides data picks among the tokens that the audit would accept, so each of its tokens
+carries at most the logarithm of their number (arXiv 2511.02620).
 """
 
 import math
