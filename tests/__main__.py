@@ -9,6 +9,7 @@ skipped test is a failure, unless its reason is in MAY_SKIP. The last line of th
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,8 @@ def command(flags, modules):
 
 
 if __name__ == "__main__":
+    # A shell without job control has what runs in its background ignore Ctrl-C, which tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if all(argument.startswith("-") for argument in sys.argv[1:]):
         sys.exit(run_all(sys.argv[1:]))
     program = unittest.main(module=None, testRunner=Runner, exit=False)
