@@ -21,7 +21,18 @@ import unittest
 import openai
 
 import muproxy
-from tests.support import ROOT, SECONDS, TOOLS, Enclave, make_site, own, proxy
+from tests.support import (
+    ROOT,
+    SECONDS,
+    TOOLS,
+    Enclave,
+    Sealed,
+    demo_model,
+    make_site,
+    own,
+    proxy,
+    seal,
+)
 
 try:
     import kubernetes_validate
@@ -40,9 +51,9 @@ needs_kubernetes_validate = unittest.skipUnless(
 )
 
 LIFETIME, GRANT = 300_000, 100_000  # bytes: three leases, and nothing is left
-# A cell every two seconds, so that an answer of three or more can be stopped between them.
-RATE, BURST = 256, 1 << 22  # the burst is for handshakes, whose share of this rate is tiny
-LONG = {"temperature": 2, "seed": 1, "max_tokens": 900}
+# A cell a second, so that an answer of three or more can be stopped between them.
+RATE, BURST = 512, 1 << 22  # the burst is for handshakes, whose share of this rate is tiny
+LONG = {"temperature": 1, "seed": 1, "max_tokens": 900}
 SHORT = {"temperature": 0, "max_tokens": 4}
 MESSAGES = [{"role": "user", "content": "Tell me about zen."}]
 
@@ -191,6 +202,19 @@ class Files(unittest.TestCase):
         return self.daemon_set(documents)["spec"]["template"]["spec"]
 
 
+def endless_demo(folder):
+    """The demo model, sealed with an end token that it never says, so that no answer ends early."""
+    source = folder / "demo"
+    shutil.copytree(demo_model(), source)
+    path = source / "generation_config.json"
+    facts = json.loads(path.read_text())
+    path.unlink()
+    path.write_text(json.dumps(facts | {"eos_token_id": facts["pad_token_id"]}))
+    model, key = source.with_suffix(".mus"), source.with_suffix(".key")
+    seal(source, model, "--key", key, "--asset", "demo").check()
+    return Sealed(source, model, key, source.with_suffix(".mus.vocab"))
+
+
 class Stream(threading.Thread):
     """A client's stream, read to its end: text, reason (of the ending), error."""
 
@@ -263,7 +287,7 @@ class Fleet(unittest.TestCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         self.folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.site = make_site(self.folder)
+        self.site = make_site(self.folder, endless_demo(self.folder))
         self.members = [Member(self.site, stack) for _ in range(3)]
         first, *others = self.members
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -347,7 +371,8 @@ class Fleet(unittest.TestCase):
                 member.send(signal.SIGSTOP)
                 rest.remove(member)
             time.sleep(0.05)
-        self.assertEqual(self.requests("running"), [1, 1, 1])
+        said = [(stream.text, stream.error) for stream in streams]
+        self.assertEqual(self.requests("running"), [1, 1, 1], said)
         return streams
 
     def requests(self, state):
