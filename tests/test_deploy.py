@@ -381,6 +381,7 @@ class Fleet(unittest.TestCase):
 
     def test_one_is_killed(self):
         streams = self.open_streams()
+        self.kept = [self.connect() for _ in self.members]
         victim, *others = self.members
         victim.kill()
         self.wait_for(lambda: not all(stream.is_alive() for stream in streams))
@@ -398,10 +399,11 @@ class Fleet(unittest.TestCase):
             self.assertTrue(one.text.startswith(cut.text))
             self.assertLess(0, len(cut.text))
             self.assertLess(len(cut.text), len(one.text))
-        with self.subTest("HAProxy takes it out, a client that stuck to it included"):
+        with self.subTest("HAProxy takes it out, and cuts off the client that stuck to it alone"):
             self.wait_for(self.is_out)
             states = [row["status"] for row in self.servers()]
             self.assertEqual(states, ["DOWN", "UP", "UP"])
+            self.assertEqual(len(self.kept), 2)
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 answers = list(pool.map(lambda _: self.ask(), range(6)))
             self.assertEqual([answer.usage.completion_tokens for answer in answers], [4] * 6)
@@ -418,12 +420,27 @@ class Fleet(unittest.TestCase):
         """A short answer through HAProxy."""
         return self.client.chat.completions.create(model="demo", messages=MESSAGES, **SHORT)
 
+    def connect(self):
+        """A connection that a client keeps: the third of them is to a third proxy."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        self.addCleanup(connection.close)
+        connection.auto_open = False
+        connection.connect()
+        self.assertTrue(self.is_kept(connection))
+        return connection
+
+    def is_kept(self, connection):
+        """Whether there is still a proxy at its end, asked for what needs no enclave."""
+        try:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().startswith(b"# TYPE")
+        except (OSError, http.client.HTTPException):
+            return False
+
     def is_out(self):
-        """Whether HAProxy has taken the first one out; a client keeps asking, as clients do."""
-        with contextlib.suppress(openai.APIError):
-            self.client.models.list()
-        row = self.servers()[0]
-        return (row["status"], row["scur"]) == ("DOWN", "0")
+        """Whether HAProxy has taken one out; clients go on asking meanwhile, as they do."""
+        self.kept = [connection for connection in self.kept if self.is_kept(connection)]
+        return self.servers()[0]["status"] == "DOWN" and len(self.kept) < 3
 
     def check_ledger(self):
         """Three grants, all of the lifetime budget; two closing statements within theirs."""
