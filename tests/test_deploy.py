@@ -58,9 +58,10 @@ SHORT = {"temperature": 0, "max_tokens": 4}
 MESSAGES = [{"role": "user", "content": "Tell me about zen."}]
 
 
-def run(*command):
-    """A program that has ended."""
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=SECONDS)
+def run(*command, **options):
+    """A program that has ended; options go to subprocess.run."""
+    options |= {"capture_output": True, "text": True, "timeout": SECONDS}
+    return subprocess.run(list(map(str, command)), **options)
 
 
 def check_haproxy(text, folder):
@@ -184,9 +185,13 @@ class Files(unittest.TestCase):
         path = HERE / "Dockerfile"
         done = run(HADOLINT, path)
         self.assertEqual((done.returncode, done.stdout), (0, ""))
-        copied = re.findall(r"(?m)^COPY (.*) \S+$", path.read_text())
-        for name in " ".join(copied).split():
-            self.assertTrue((ROOT / name).is_file(), name)
+        for names, place in re.findall(r"(?m)^COPY (.*) (\S+)$", path.read_text()):
+            for name in names.split():
+                (self.folder / place).mkdir(exist_ok=True)
+                shutil.copy(ROOT / name, self.folder / place)
+        for command in (["tools/vm.py", "run"], ["-m", "muproxy", "serve"]):
+            done = run(sys.executable, "-B", *command, "--help", cwd=self.folder)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def documents(self):
         """The manifests, objects."""
