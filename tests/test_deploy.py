@@ -190,7 +190,7 @@ class Files(unittest.TestCase):
                 (self.folder / place).mkdir(exist_ok=True)
                 shutil.copy(ROOT / name, self.folder / place)
         for command in (["tools/vm.py", "run"], ["-m", "muproxy", "serve"]):
-            done = run(sys.executable, "-B", *command, "--help", cwd=self.folder)
+            done = run(sys.executable, "-SEB", *command, "--help", cwd=self.folder)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def documents(self):
