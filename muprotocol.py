@@ -269,7 +269,8 @@ OWNER = ({"status": is_one_of(True)}, {"lock": is_one_of(True)}, {"revoke": is_h
 # sends two of CODES: by how much another token had the better score, and how many tokens scored
 # within the tolerance of the best.
 SCORED = {"ids": is_list(is_integer(0, 1 << 24), 0, 1 << 18), "tolerance": is_number(0, 1e6)}
-SCORE = tuple(s | {"score": is_object(SCORED)} for s in (GENERATE, GENERATE_CHAT))
+SCORING = {"score": is_object(SCORED), "encoding?": is_one_of("ids")}  # codes are no text
+SCORE = (GENERATE | SCORING, GENERATE_CHAT | SCORING)
 CLOSING = {"lease": is_hex(16), "spent": COUNT, "head": is_hex(32), "mac": is_hex(32)}
 CLOSED = {"closing": is_object(CLOSING)}  # the answer to an owner's lock
 USAGE = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}

@@ -670,7 +670,6 @@ class Pool:
 HEAD_SECONDS = BODY_SECONDS = WRITE_SECONDS = 30
 LINGER_SECONDS = 2  # for a client to read our answer to a body that we did not
 CONNECTIONS = 128  # at once, a thread each
-BODY_LIMIT = mp.REQUEST_FRAME
 BODY_FIELDS = {"content-length", "transfer-encoding"}  # of the head of a request with a body
 HEALTH_SECONDS = 30  # between two handshakes for the health alone: they are metered as all are
 RETRY_SECONDS = 5
@@ -1012,8 +1011,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = ",".join(self.headers.get_all("Content-Length", []))
         if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,18}", length):
             raise HttpError(411, "a Content-Length is needed, one")
-        if int(length) > BODY_LIMIT:
-            raise HttpError(413, f"the body is longer than {BODY_LIMIT} bytes")
+        if int(length) > mp.REQUEST_FRAME:
+            raise HttpError(413, f"the body is longer than {mp.REQUEST_FRAME} bytes")
         if self.headers.get_content_type() != "application/json":
             raise HttpError(415, "Content-Type must be application/json")
         self.deadline.until = time.monotonic() + BODY_SECONDS
@@ -1387,13 +1386,12 @@ def run_attest(options):
 
 
 def explain(log, options, facts):
-    """Write an event log to its file; what tools/eventlog.py says of the PCRs in it, by line.
-
-    Without a checkout's tools that is Python's word that there is no such file.
-    """
+    """Write an event log to its file; what tools/eventlog.py says of the PCRs in it, by line."""
     with open(options.log, "wb") as file:
         file.write(log)
     tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "eventlog.py")
+    if not os.path.exists(tool):
+        return [f"{options.log}: tools/eventlog.py of a checkout explains it"]
     facts = json.dumps(facts | {"event_log": options.reference.get("event_log", "")})
     command = [sys.executable, "-B", tool, options.log, "--attested", "/dev/stdin"]
     done = subprocess.run(command, input=facts, capture_output=True, text=True)

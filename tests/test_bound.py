@@ -339,10 +339,15 @@ class Figures(unittest.TestCase):
             self.assertIn("0.5 bits a token are left", report.bound(figures)[1])
             measured = {"tool": "replay_audit", "version": 1, "verb": "measure"}
             measured |= {"honest": [{"unnoticed_bits": bits} for bits in (0.25, 0.5, 0.125)]}
+            measured |= {"model": {"vocabulary": 1 << 17}}
             path.write_text(json.dumps(measured))
             again = document("--audit", path, "--model", "3B")
             self.assertEqual(again["channels"], figures["channels"])
-            self.assertIn("the demo model, the most of 3 audits", again["audit"]["source"])
+            self.assertIn("the demo model's, the most of 3 audits", again["audit"]["source"])
+            measured |= {"model": {"vocabulary": 1 << 8}}  # an id of this one could tell 8 bits
+            path.write_text(json.dumps(measured))
+            again = document("--audit", path, "--model", "3B")
+            self.assertEqual(again["audit"]["bits_per_token"], 0.5 * 17 / 8)
             for wrong in (audit | {"alarms": ["a"]}, audit | {"verb": "check"}, {}, [], 7):
                 path.write_text(json.dumps(wrong))
                 status, out, told = call("--audit", path)

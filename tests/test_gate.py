@@ -726,6 +726,8 @@ class Scores(Case):
             for score in ({}, {"ids": [1]}, {"ids": [-1], "tolerance": 0}, {"ids": 1}, None):
                 send(session, SHORT | {"score": score})
                 self.assertEqual(finish(session), ([], {"error": "bad_message"}))
+            _, final = self.scored(session, SHORT | {"encoding": "text"}, [1])  # codes are no text
+            self.assertEqual(final, {"error": "bad_message"})
             size = len(muproxy.read_vocabulary(site.vocabulary))
             _, final = self.scored(session, SHORT, [size + 5])
             self.assertEqual(final, {"error": "engine_lost"})

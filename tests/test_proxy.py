@@ -1114,7 +1114,7 @@ class Api(Case):
 
     def test_http_errors(self):
         chat_path = "/v1/chat/completions"
-        big = {"Content-Length": str(muproxy.BODY_LIMIT + 1)}
+        big = {"Content-Length": str(mp.REQUEST_FRAME + 1)}
         for wanted, method, path, body, headers in (
             (404, "GET", "/v1/nothing", None, {}),
             (405, "GET", chat_path, None, {}),
@@ -1182,7 +1182,7 @@ class Api(Case):
                 self.assertEqual((status, body), (503, {"status": "unreachable"}))
 
     def test_a_big_body_does_not_lose_its_answer(self):
-        status, _, body = self.request("POST", "/v1/completions", "x" * (3 * muproxy.BODY_LIMIT))
+        status, _, body = self.request("POST", "/v1/completions", "x" * (3 * mp.REQUEST_FRAME))
         self.assertEqual((status, body["error"]["type"]), (413, "invalid_request_error"))
 
     def test_too_many_requests(self):

@@ -60,6 +60,7 @@ import collections
 import contextlib
 import http.client
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -590,11 +591,12 @@ COLUMNS = {  # of the channels' table: what is said of it
 }
 
 
-def read_audit(path):
+def read_audit(path, id_bits):
     """(bits a token, source) of what tools/replay_audit.py wrote. Raises ToolError, OSError.
 
     Of `audit` what got past it at most; one that raised an alarm bounds nothing. Of `measure` the
-    most that got past an audit of the demo model.
+    most that got past an audit of the demo model, in proportion to the bits of an id: no measure of
+    another model.
     """
     try:
         document = json.loads(pathlib.Path(path).read_text("utf-8"))
@@ -606,7 +608,9 @@ def read_audit(path):
             source = f"an audit of {document['sample']['tokens']:,} tokens"
         else:
             bits = max(row["unnoticed_bits"] for row in document["honest"])
-            source = f"measured on the demo model, the most of {len(document['honest'])} audits"
+            bits *= id_bits / math.log2(document["model"]["vocabulary"])
+            source = f"in proportion to the demo model's, the most of {len(document['honest'])} "
+            source += "audits; no audit of this model"
         if not mp.is_number(0, 64)(bits) or not isinstance(alarms, list):
             raise ValueError
     except (ValueError, LookupError, TypeError):
@@ -715,7 +719,9 @@ def run_analyze(flags):
 def run_bound(flags):
     """`bound`. Returns the exit status. Raises ToolError, OSError."""
     models = [parse_model(text) for text in flags.model or BOUND_MODELS]
-    bits, source = read_audit(flags.audit) if flags.audit else (None, None)
+    bits, source = (
+        read_audit(flags.audit, mp.id_bits(flags.vocabulary)) if flags.audit else (None, None)
+    )
     facts = {
         name: getattr(flags, name) for name in bound.Configuration._fields if name != "audited"
     }

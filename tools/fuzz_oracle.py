@@ -49,8 +49,9 @@ FORMS = {
     ),
     "chat": f"messages list 1 1024 form turn; {options}",
     "scored": "ids list 0 262144 int 0 16777216; tolerance number 0 1000000",
-    "score": f"prompt text 0 1048576; {options}; score form scored",
-    "score_chat": f"messages list 1 1024 form turn; {options}; score form scored",
+    "score": "prompt text 0 1048576;"
+    + (scoring := f"{options}; score form scored".replace("one ids text", "one ids")),
+    "score_chat": f"messages list 1 1024 form turn; {scoring}",
     "turn": "role one system user assistant; content text 0 1048576",
     "cancel": "cancel true",
     "status": "status true",
