@@ -1118,9 +1118,6 @@ class Prompter:
         self.pattern = re.compile(fields["pattern"])
         self.ids, self.special = dict(fields["ids"]), set(fields["special"])
         self.prefix, self.variables = fields["prefix"], fields["variables"]
-        self.pattern = re.compile(fields["pattern"])
-        self.ids, self.special = dict(fields["ids"]), set(fields["special"])
-        self.prefix, self.variables = fields["prefix"], fields["variables"]
         self.template = _compile_jinja_template(fields["template"])
         self.template.environment.globals.pop("strftime_now", None)  # a template gets no clock
 
