@@ -171,8 +171,8 @@ def confine(role):
 
 # ==== init
 # Starts the gate, and loader and engine when the gate asks. The gate's messages are a letter each:
-# s start loader and engine, k kill them, a start me afresh, r confined and running, l a line of
-# LOG by number (with the port, for the first); e, an error text, is heard only before r.
+# s start loader and engine, k kill them, a start me afresh, l a line of LOG by number (with the
+# port, for the first); e, an error text, is heard only before the first l: then it is confined.
 
 LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended")
 DRAIN_SECONDS = 60  # from SIGTERM to the end of running answers
@@ -183,12 +183,8 @@ def init_main(settings):
     """Run the enclave until its gate ends. Returns the exit status."""
     settings = settings | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     settings["TORCHINDUCTOR_CACHE_DIR"] = "/proc"  # torch wants a folder: one that stays empty
-    wake, wake_up = socket.socketpair()
-    wake_up.setblocking(False)
-    signal.set_wakeup_fd(wake_up.fileno())
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    while (status := supervise(settings, wake)) is None:
+    signals = []  # so far
+    while (status := supervise(settings, signals)) is None:
         pass  # its gate has locked itself, and is to be started afresh
     say("stopped")
     return status
@@ -199,21 +195,23 @@ def say(text):
     print(f"muenclave: {text}", file=sys.stderr, flush=True)
 
 
-def supervise(settings, wake):
+def supervise(settings, signals):
     """Run one gate to its end. Returns the exit status, None if it is to be started afresh."""
     control, for_gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    gate, helpers, heard, timeout = spawn("gate", settings, for_gate), [], set(), None
-    message = b" "
+    gate, helpers, heard = spawn("gate", settings, for_gate), [], set()
+
+    def stop(number, _):
+        """The gate drains; a second signal, or the alarm, ends it."""
+        gate.send_signal(signal.SIGKILL if signals else signal.SIGTERM)
+        signals.append(number)
+        signal.alarm(DRAIN_SECONDS)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, stop)
+    if signals:  # one came between two gates
+        gate.kill()
     try:
-        while message:
-            ready, _, _ = select.select([control, wake], [], [], timeout)
-            if wake in ready:  # a signal: the gate drains; a second one ends it
-                wake.recv(64)
-                gate.terminate()
-                timeout = DRAIN_SECONDS if timeout is None else 0
-            if not ready or timeout == 0:
-                break
-            message = control.recv(512) if control in ready else b" "
+        while message := control.recv(512):
             letter = message[:1]
             if letter in (b"s", b"k"):
                 end(helpers)
@@ -221,7 +219,7 @@ def supervise(settings, wake):
             elif letter == b"l":
                 port = f" {int.from_bytes(message[2:4], 'big')}" if message[1] == 0 else ""
                 say(LOG[message[1]] + port)
-            elif letter == b"e" and b"r" not in heard:
+            elif letter == b"e" and b"l" not in heard:
                 say("error: " + message[1:].decode("utf-8", "replace"))
             heard.add(letter)
     except ConnectionError:
@@ -229,8 +227,8 @@ def supervise(settings, wake):
     finally:
         control.close()
         end(helpers)
-        end([gate], 0 if message else LEAVE_SECONDS)
-    return None if b"a" in heard and timeout is None else int(gate.returncode != 0)
+        end([gate], LEAVE_SECONDS)
+    return None if b"a" in heard and not signals else int(gate.returncode != 0)
 
 
 def spawn(role, settings, *sockets):
@@ -886,7 +884,6 @@ def gate_main(settings, control):
         control.send(b"e" + (str(error).partition("\n")[0] or repr(error)).encode()[:500])
         return 1
     signal.signal(signal.SIGTERM, lambda *_: setattr(gate, "is_draining", True))
-    control.send(b"r")
     gate.log("listening", listener.getsockname()[1])
     gate.log("locked")
     welcome(gate, listener)
