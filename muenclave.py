@@ -97,11 +97,7 @@ fcntl 72 e 1 0xFFFFFFFF 1030
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
-
-
-def libc():
-    """The C library; its results are checked by `check`."""
-    return ctypes.CDLL(None, use_errno=True)
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result, what):
@@ -128,21 +124,20 @@ def drop_privileges(role, level):
     set_capabilities(())
     options = {PR_SET_PDEATHSIG: signal.SIGKILL, PR_SET_DUMPABLE: 0, PR_SET_NO_NEW_PRIVS: 1}
     for option, value in options.items():
-        check(libc().prctl(option, value, 0, 0, 0), f"prctl {option}")
+        check(LIBC.prctl(option, value, 0, 0, 0), f"prctl {option}")
 
 
 def drop_capabilities(kept=()):
     """Have no process that this one starts hold other capabilities than those kept (numbers)."""
-    for capability in range(64 if os.getuid() == 0 else 0):
-        if capability not in kept:
-            libc().prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    for capability in set(range(64)).difference(kept):  # root may; others have none to give
+        LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def set_capabilities(kept):
     """Hold these capabilities (numbers below 32), and no other. Raises OSError."""
     mask = sum(1 << capability for capability in kept)
     header, data = struct.pack("=Ii", 0x20080522, 0), struct.pack("=III12x", mask, mask, 0)
-    check(libc().capset(header, data), "capset")
+    check(LIBC.capset(header, data), "capset")
 
 
 def filter_program(role):
@@ -165,8 +160,7 @@ def confine(role):
     """Install the role's filter on every thread of this process. Raises OSError."""
     code = ctypes.create_string_buffer(filter_program(role))
     header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(code))
-    result = libc().syscall(SECCOMP, MODE_FILTER, ALL_THREADS, ctypes.c_char_p(header))
-    check(result, "the system call filter")
+    check(LIBC.syscall(SECCOMP, MODE_FILTER, ALL_THREADS, header), "the system call filter")
 
 
 # ==== init
@@ -297,13 +291,13 @@ def guest_main(settings):
     except (OSError, ValueError) as error:
         say(f"error: {error}")
     finally:
-        libc().reboot(RB_AUTOBOOT)
+        LIBC.reboot(RB_AUTOBOOT)
 
 
 def mount(source, place, kind, flags, options=b""):
     """mount(2). Raises OSError."""
     words = (text.encode() for text in (source, place, kind))
-    check(libc().mount(*words, ctypes.c_ulong(flags), options), f"can't mount {place}")
+    check(LIBC.mount(*words, ctypes.c_ulong(flags), options), f"can't mount {place}")
 
 
 def load_modules():
@@ -313,7 +307,7 @@ def load_modules():
     """
     for name in sorted(os.listdir(MODULES)):
         with open(f"{MODULES}/{name}", "rb") as file:
-            check(libc().syscall(FINIT_MODULE, file.fileno(), b"", 0), name)
+            check(LIBC.syscall(FINIT_MODULE, file.fileno(), b"", 0), name)
     with open("/proc/devices", encoding="ascii") as file:
         majors = {words[1]: int(words[0]) for words in map(str.split, file) if len(words) == 2}
     cards = len(os.listdir("/proc/driver/nvidia/gpus"))
