@@ -334,7 +334,6 @@ MISSED_TURNS = 3  # that sessions which woke up late may still take, as far as t
 ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
-PIPE_READ = 64 << 10  # bytes taken from the engine at a time
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
 GONE = getattr(select, "POLLRDHUP", 0)  # a peer that has closed; a connection shut down
 
@@ -522,8 +521,11 @@ class Gate:
         try:
             while self.code is None and self.restarts <= RESPAWNS:
                 self.load()
-                with contextlib.suppress(OSError, EOFError, KeyError, ProtocolError):
-                    self.read_engine()
+                lost = contextlib.suppress(OSError, KeyError, ProtocolError, struct.error)
+                with lost, self.engine.makefile("rb") as pipe:
+                    while message := pipe.read(mp.PIPE.size):
+                        with self.lock:
+                            self.take_message(*mp.PIPE.unpack(message))
                 with self.lock:
                     for reply in self.replies.values():
                         reply.error = reply.error or self.code or "engine_lost"
@@ -561,15 +563,6 @@ class Gate:
         with self.lock:
             self.context = min(value, int(self.settings["ENCLAVE_CONTEXT"]))
             self.enter("ready", "loading")
-
-    def read_engine(self):
-        """Take the engine's messages until it ends (OSError, EOFError) or must (see below)."""
-        while True:
-            data = self.engine.recv(PIPE_READ) or mp.read_exactly(self.engine, mp.PIPE.size)
-            data += mp.read_exactly(self.engine, -len(data) % mp.PIPE.size)
-            with self.lock:
-                for message in mp.PIPE.iter_unpack(data):
-                    self.take_message(*message)
 
     def take_message(self, kind, slot, value):
         """One message of the engine. KeyError or ProtocolError if it may not say that now."""
