@@ -676,13 +676,10 @@ class Session:
                     self.gate.sessions.pop(self, None)
 
     def read(self, seconds, limit=mp.REQUEST_FRAME):
-        """The body of the next message, one record. EOFError for one that fails."""
-        try:
-            message = self.opener.open(mp.read_frame(self.connection, limit, seconds))
-        except ProtocolError as error:
-            raise EOFError(error.code) from None
+        """The body of the next message, one record. ProtocolError, which `refuse` keeps quiet."""
+        message = self.opener.open(mp.read_frame(self.connection, limit, seconds))
         if message is None or message[0] != mp.JSON_RECORD:
-            raise EOFError("bad_record")
+            raise ProtocolError("bad_record")
         return message[1]
 
     def write(self, data):
@@ -708,7 +705,7 @@ class Session:
 
     def refuse(self, error):
         """Send an error, if there are keys yet: its code, the limit passed, what it ended."""
-        if self.sealer is not None:
+        if self.sealer is not None and error.code not in ("bad_frame", "bad_record"):
             facts = {"error": error.code, "limit": error.limit, "heads": self.heads}
             self.say({name: fact for name, fact in facts.items() if fact is not None})
 
