@@ -777,19 +777,18 @@ class Session:
     def serve(self, body):
         """Step 4: a request, or an owner's command. A mistake may be mended by the next one."""
         try:
-            if self.role == "owner":
-                self.command(mp.parse_message(body, *mp.OWNER, *mp.SCORE, mp.CANCEL))
-            else:
-                self.answer(mp.parse_message(body, mp.GENERATE, mp.GENERATE_CHAT, mp.CANCEL))
+            message = mp.parse_message(body, *mp.REQUESTS[self.role])
+            if "prompt" in message or "messages" in message:
+                self.answer(message)
+            elif "cancel" not in message:  # which has crossed the answer's end
+                self.command(message)
         except ProtocolError as error:
             if error.code not in mp.CORRECTABLE:
                 raise
             self.refuse(error)
 
     def command(self, command):
-        """An owner's status, lock or revoke, or an answer to score."""
-        if "score" in command or "cancel" in command:
-            return self.answer(command)
+        """An owner's status, lock or revoke."""
         if "lock" in command:
             self.gate.end_lease("lease_ended")
             if self.gate.closing:
@@ -801,8 +800,6 @@ class Session:
 
     def answer(self, request):
         """Step 5: a cell of ids a tick, then the final record, whose every field the gate fills."""
-        if "cancel" in request:
-            return  # it crossed the answer's end
         gate, ticks, text, began = self.gate, 0, "", time.monotonic_ns()
         reply = gate.open_reply(request)
         is_text = request.get("encoding") == "text"

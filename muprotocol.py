@@ -271,6 +271,7 @@ OWNER = ({"status": is_one_of(True)}, {"lock": is_one_of(True)}, {"revoke": is_h
 SCORED = {"ids": is_list(is_integer(0, 1 << 24), 0, 1 << 18), "tolerance": is_number(0, 1e6)}
 SCORING = {"score": is_object(SCORED), "encoding?": is_one_of("ids")}  # codes are no text
 SCORE = (GENERATE | SCORING, GENERATE_CHAT | SCORING)
+REQUESTS = {"user": (GENERATE, GENERATE_CHAT, CANCEL), "owner": (*OWNER, *SCORE, CANCEL)}
 CLOSING = {"lease": is_hex(16), "spent": COUNT, "head": is_hex(32), "mac": is_hex(32)}
 CLOSED = {"closing": is_object(CLOSING)}  # the answer to an owner's lock
 USAGE = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}
