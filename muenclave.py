@@ -45,7 +45,7 @@ from muprotocol import ProtocolError, is_readable
 # In the guest from CONFIG_FILE, elsewhere from the environment, which tools/enclave.py fills in.
 
 CONFIG_FILE = "/etc/muenclave.conf"
-MANIFEST_FILE = "/etc/muenclave.manifest"  # what was measured when the image was built
+MANIFEST_FILE = "/etc/muenclave.manifest"  # of the image: its SHA-256 is what a guest says it is
 SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpm0  ENCLAVE_MEASUREMENT=
@@ -60,17 +60,6 @@ def read_config(path=CONFIG_FILE):
     with open(path, encoding="utf-8") as file:
         lines = [line for line in map(str.strip, file) if line and line[0] != "#"]
     return dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in lines)
-
-
-def read_measurement(settings):
-    """What the enclave says it is, in hexadecimal; only a measured boot proves it. OSError.
-
-    The guest's is the SHA-256 of the manifest in its image, a local run's what its starter says.
-    """
-    if settings["ENCLAVE_MEASUREMENT"]:
-        return settings["ENCLAVE_MEASUREMENT"]
-    with open(MANIFEST_FILE, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 # ==== confinement
@@ -287,7 +276,9 @@ def guest_main(settings):
         mount("", "/", "", MS_REMOUNT | MS_RDONLY)
         drop_capabilities(INIT_CAPABILITIES)
         set_capabilities(INIT_CAPABILITIES)
-        init_main(settings | read_config())
+        with open(MANIFEST_FILE, "rb") as file:
+            measured = {"ENCLAVE_MEASUREMENT": hashlib.sha256(file.read()).hexdigest()}
+        init_main(settings | read_config() | measured)
     except (OSError, ValueError) as error:
         say(f"error: {error}")
     finally:
@@ -423,7 +414,7 @@ class Gate:
         self.header = read_header(settings["MODEL_PATH"])
         self.digest = hashlib.sha256(self.header).hexdigest()
         self.limit = int(settings["ENCLAVE_SESSIONS"])
-        self.facts = {"measurement": read_measurement(settings), "model": self.digest}
+        self.facts = {"measurement": settings["ENCLAVE_MEASUREMENT"], "model": self.digest}
         self.facts["posture"] = {"confinement": settings["ENCLAVE_CONFINEMENT"], "debug": False}
         self.lock, self.pipe = threading.RLock(), threading.Lock()  # pipe: one message at a time
         self.state, self.account = "locked", mp.Account()
