@@ -193,7 +193,7 @@ def supervise(settings, signals):
         signal.signal(number, stop)
     if signals:  # one came between two gates
         gate.kill()
-    try:
+    with control, contextlib.suppress(ConnectionError):  # it has ended with something unread
         while message := control.recv(512):
             letter = message[:1]
             if letter in (b"s", b"k"):
@@ -205,12 +205,8 @@ def supervise(settings, signals):
             elif letter == b"e" and b"l" not in heard:
                 say("error: " + message[1:].decode("utf-8", "replace"))
             heard.add(letter)
-    except ConnectionError:
-        pass  # the gate has ended with something unread
-    finally:
-        control.close()
-        end(helpers)
-        end([gate], LEAVE_SECONDS)
+    end(helpers)
+    end([gate], LEAVE_SECONDS)
     return None if b"a" in heard and not signals else int(gate.returncode != 0)
 
 
