@@ -361,16 +361,10 @@ class KeyShare:
         return pow(value, exponent, PRIME).to_bytes(SHARE_SIZE, "big")
 
 
-def hkdf(secret, salt, info, size=32):
-    """HKDF-SHA256 (RFC 5869): extract, then expand to `size` bytes."""
-    prk = hmac.digest(salt or bytes(32), secret, "sha256")
-    block = output = b""
-    counter = 0
-    while len(output) < size:
-        counter += 1
-        block = hmac.digest(prk, block + info + bytes([counter]), "sha256")
-        output += block
-    return output[:size]
+def hkdf(secret, salt, info):
+    """HKDF-SHA256 (RFC 5869): extract, then expand to one block. 32 bytes."""
+    extracted = hmac.digest(salt, secret, "sha256")
+    return hmac.digest(extracted, info + b"\1", "sha256")
 
 
 def transcript_hash(challenge, measurement):
