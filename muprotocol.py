@@ -83,12 +83,11 @@ def parse_json(data):
     mark and nesting deeper than JSON_DEPTH. Raises ProtocolError("bad_json").
     """
     try:
-        text = bytes(data).decode("utf-8")
         value = json.loads(
-            text,
+            bytes(data).decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_float=_finite_float,
-            parse_constant=_no_constant,
+            parse_constant=_finite_float,  # NaN and Infinity, which are not
         )
     except (ValueError, RecursionError) as error:
         raise ProtocolError("bad_json", str(error)[:80]) from None
@@ -110,10 +109,6 @@ def _finite_float(text):
     if not math.isfinite(number):
         raise ValueError("number out of range")
     return number
-
-
-def _no_constant(text):
-    raise ValueError(f"{text} is not JSON")
 
 
 def _check_tree(value, depth):

@@ -68,7 +68,13 @@ PLANTED = {
         {"crash"},
     ),
     "NaN": (
-        [("muprotocol.py", "            parse_constant=_no_constant,\n", "")],
+        [
+            (
+                "muprotocol.py",
+                "            parse_constant=_finite_float,  # NaN and Infinity, which are not\n",
+                "",
+            )
+        ],
         [],
         {"accepted", "refused", "reply"},
     ),
