@@ -368,25 +368,15 @@ class Tpm2:
         self._device = os.open(settings["ENCLAVE_TPM"], os.O_RDWR | os.O_CLOEXEC)
         for handle in TRANSIENT_HANDLES:  # of a gate before this one
             with contextlib.suppress(OSError):
-                self._ask(mp.tpm_command(mp.TPM_CC_FLUSH, b"", handle.to_bytes(4, "big")))
-        created = self._ask(mp.tpm_create_primary(mp.ATTESTATION_KEY + bytes(2)))
-        self._key, _ = mp.tpm_created(created)
+                flush = mp.tpm_command(mp.TPM_CC_FLUSH, b"", handle.to_bytes(4, "big"))
+                mp.tpm_ask(self._device, flush)
+        create = mp.tpm_create_primary(mp.ATTESTATION_KEY + bytes(2))
+        self._key, _ = mp.tpm_created(mp.tpm_ask(self._device, create))
         # The PCRs' values are read as they are; what they are worth, the quote decides.
         reads = (mp.tpm_command(mp.TPM_CC_PCR_READ, b"", mp.pcr_selection(n)) for n in mp.PCRS)
-        self._pcrs = b"".join(self._ask(read)[-32:] for read in reads)
+        self._pcrs = b"".join(mp.tpm_ask(self._device, read)[-32:] for read in reads)
         with contextlib.suppress(FileNotFoundError), open(EVENT_LOG, "rb") as file:
             self.log = file.read(EVENT_LOG_LIMIT)
-
-    def _ask(self, command):
-        """What follows the header of the response to a command. Raises OSError."""
-        os.write(self._device, command)
-        response = b""
-        while (body := mp.tpm_response(response)) is None:
-            block = os.read(self._device, mp.TPM_BUFFER)
-            if not block:
-                raise OSError("the TPM has gone")
-            response += block
-        return body
 
     def produce(self, role, data):
         """The proof over 32 bytes of report data, as TPM2_Quote gives it, then the PCRs' values.
@@ -394,7 +384,7 @@ class Tpm2:
         TPM2B_ATTEST, TPMT_SIGNATURE, 32 bytes for each of PCRS. Raises OSError.
         """
         with self._lock:
-            body = self._ask(mp.tpm_quote(self._key, data))
+            body = mp.tpm_ask(self._device, mp.tpm_quote(self._key, data))
         return body[4 : 4 + int.from_bytes(body[:4], "big")] + self._pcrs
 
 

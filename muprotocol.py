@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import re
 import secrets
 import select
@@ -469,6 +470,21 @@ def tpm_response(data):
     if len(data) != size or any(data[6:10]):
         raise OSError(f"the TPM answers {data[:10].hex()}")
     return data[10:]
+
+
+def tpm_ask(device, command, seconds=None):
+    """What follows the header of a TPM's response to a command. device: a descriptor.
+
+    seconds: how long it may say nothing. Raises OSError as tpm_response does, and at the end.
+    """
+    os.write(device, command)
+    response = b""
+    while (body := tpm_response(response)) is None:
+        block = os.read(device, TPM_BUFFER) if is_readable(device, seconds) else b""
+        if not block:
+            raise OSError("the TPM does not answer")
+        response += block
+    return body
 
 
 def tpm_create_primary(public):

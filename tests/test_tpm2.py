@@ -907,7 +907,7 @@ class Enclave(unittest.TestCase):
         command += ["--evidence", "tpm2", "--model", self.site.model]
         for path, said in (
             ("/nonexistent/tpm0", "enclave: error: ENCLAVE_TPM: no TPM at /nonexistent/tpm0\n"),
-            ("/dev/null", "muenclave: error: the TPM has gone\nmuenclave: stopped\n"),
+            ("/dev/null", "muenclave: error: the TPM does not answer\nmuenclave: stopped\n"),
         ):
             done = subprocess.run([*command, "--tpm", path], capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout, done.stderr), (1, "", said))

@@ -89,24 +89,16 @@ class Tpm:
 
     def command(self, code, handles=b"", parameters=b"", authorization=b""):
         """What follows the header of the response to a command."""
-        return self._ask(mp.tpm_command(code, handles, parameters, authorization))
+        return self.ask(mp.tpm_command(code, handles, parameters, authorization))
 
-    def _ask(self, command):
-        os.write(self._channel, command)
-        response, body = b"", None
-        while body is None:
-            is_there = mp.is_readable(self._channel, TPM_SECONDS)
-            block = os.read(self._channel, mp.TPM_BUFFER) if is_there else b""
-            if not block:
-                raise OSError("the TPM does not answer")
-            response += block
-            body = mp.tpm_response(response)
-        return body
+    def ask(self, command):
+        """The same of a command that is made already."""
+        return mp.tpm_ask(self._channel, command, TPM_SECONDS)
 
     @contextlib.contextmanager
     def primary(self, public):
         """(handle, TPMT_PUBLIC) of a key of the endorsement hierarchy, until the block ends."""
-        handle, made = mp.tpm_created(self._ask(mp.tpm_create_primary(public)))
+        handle, made = mp.tpm_created(self.ask(mp.tpm_create_primary(public)))
         try:
             yield handle, made
         finally:
