@@ -324,19 +324,18 @@ def is_readable(connection, seconds, events=select.POLLIN):
 
 # ---------------------------------------------------------------- keys
 
-# ffdhe3072 of RFC 7919: 2^3072 - 2^3008 + (floor(2^2942 e) + 2625351) 2^64 - 1; generator 2.
-PRIME = int(
-    "ffffffffffffffffadf85458a2bb4a9aafdc5620273d3cf1d8b9c583ce2d3695a9e13641146433fbcc939dce"
-    "249b3ef97d2fe363630c75d8f681b202aec4617ad3df1ed5d5fd65612433f51f5f066ed0856365553ded1af3"
-    "b557135e7f57c935984f0c70e0e68b77e2a689daf3efe8721df158a136ade73530acca4f483a797abc0ab182"
-    "b324fb61d108a94bb2c8e3fbb96adab760d7f4681d4f42a3de394df4ae56ede76372bb190b07a7c8ee0a6d70"
-    "9e02fce1cdf7e2ecc03404cd28342f619172fe9ce98583ff8e4f1232eef28183c3fe3b1b4c6fad733bb5fcbc"
-    "2ec22005c58ef1837d1683b2c6f34a26c1b2effa886b4238611fcfdcde355b3b6519035bbc34f4def99c0238"
-    "61b46fc9d6e6c9077ad91d2691f7f7ee598cb0fac186d91caefe130985139270b4130c93bc437944f4fd4452"
-    "e2d74dd364f2e21e71f54bff5cae82ab9c9df69ee86d2bc522363a0dabc521979b0deada1dbf9a42d5c4484e"
-    "0abcd06bfa53ddef3c1b20ee3fd59d7c25e41d2b66c62e37ffffffffffffffff",
-    16,
-)
+
+def ffdhe3072():
+    """The prime of RFC 7919: 2^3072 - 2^3008 + (floor(2^2942 e) + 2625351) 2^64 - 1."""
+    e, term, count = 0, 1 << 3072, 0
+    while term:  # e is the sum of 1 / count!, here with 130 bits more than are kept
+        e += term
+        count += 1
+        term //= count
+    return 2**3072 - 2**3008 + ((e >> 130) + 2625351) * 2**64 - 1
+
+
+PRIME = ffdhe3072()  # its generator is 2
 SHARE_SIZE = 384
 EXPONENT_BITS = 275  # RFC 7919, section 5.2: at least 2 x the 125-bit strength, with margin
 
