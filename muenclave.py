@@ -26,7 +26,6 @@ import os
 import re
 import resource
 import secrets
-import select
 import signal
 import socket
 import stat
@@ -39,7 +38,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import muprotocol as mp
-from muprotocol import ProtocolError, is_readable
+from muprotocol import GONE, ProtocolError, is_readable
 
 # ==== settings
 # In the guest from CONFIG_FILE, elsewhere from the environment, which tools/enclave.py fills in.
@@ -322,7 +321,6 @@ ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part o
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
-GONE = getattr(select, "POLLRDHUP", 0)  # a peer that has closed; a connection shut down
 
 
 def read_header(path):

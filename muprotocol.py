@@ -315,6 +315,9 @@ def read_exactly(connection, size, deadline=None, clock=time.monotonic):
     return bytes(data)
 
 
+GONE = getattr(select, "POLLRDHUP", 0)  # the peer has closed; the connection was shut down
+
+
 def is_readable(connection, seconds, events=select.POLLIN):
     """Whether there is something to read, or the end, within so many seconds (None: at last)."""
     poll = select.poll()
