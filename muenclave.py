@@ -509,29 +509,31 @@ class Gate:
                         self.restarts += 1
         except ProtocolError as error:
             self.end_lease(error.code)
+        except (EOFError, OSError):
+            self.end_lease("out_of_memory")
         finally:
             self.end_lease("lease_ended")
 
     def load(self):
-        """Start loader and engine; wait until the model can answer. Raises ProtocolError."""
+        """Start loader and engine; wait until the model can answer. Raises ProtocolError.
+
+        EOFError, OSError: one of them has ended before that, by the kernel.
+        """
         self.charge(2 * mp.LENGTH_BITS)  # the engine chooses when it comes and goes, a number
-        try:
-            self.control.send(b"s")
-            _, numbers, _, _ = socket.recv_fds(self.control, 16, 2)
-            loader, engine = (socket.socket(fileno=number) for number in numbers)
-            patience = struct.pack("@ll", FRAME_SECONDS, 0)
-            engine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            self.engine, self.progress = engine, 0
-            loader.sendall(mp.frame(self.header) + mp.frame(self.key or b""))
-            engine.sendall(mp.frame(self.container.fields["model_type"].encode()))
-            while (message := mp.read_frame(loader, mp.MESSAGE_LIMIT))[:1] == b"p":
-                self.progress = message[1]
-            if message[:1] != b"v":
-                raise ProtocolError("container_corrupt")
-            self.vocabulary = mp.Vocabulary(message[1:])
-            kind, _, value = mp.PIPE.unpack(mp.read_exactly(engine, mp.PIPE.size))
-        except (EOFError, OSError):
-            raise ProtocolError("out_of_memory") from None  # the kernel ended it
+        self.control.send(b"s")
+        _, numbers, _, _ = socket.recv_fds(self.control, 16, 2)
+        loader, engine = (socket.socket(fileno=number) for number in numbers)
+        patience = struct.pack("@ll", FRAME_SECONDS, 0)
+        engine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        self.engine, self.progress = engine, 0
+        loader.sendall(mp.frame(self.header) + mp.frame(self.key or b""))
+        engine.sendall(mp.frame(self.container.fields["model_type"].encode()))
+        while (message := mp.read_frame(loader, mp.MESSAGE_LIMIT))[:1] == b"p":
+            self.progress = message[1]
+        if message[:1] != b"v":
+            raise ProtocolError("container_corrupt")
+        self.vocabulary = mp.Vocabulary(message[1:])
+        kind, _, value = mp.PIPE.unpack(mp.read_exactly(engine, mp.PIPE.size))
         if kind != mp.LOADED:
             raise ProtocolError(mp.FAILURES[min(value, len(mp.FAILURES) - 1)])
         with self.lock:
