@@ -502,7 +502,7 @@ class Gate:
                             self.take_message(*mp.PIPE.unpack(message))
                 with self.lock:
                     for reply in self.replies.values():
-                        reply.error = reply.error or self.code or "engine_lost"
+                        reply.ending = reply.ending or self.code or "engine_lost"
                     self.replies.clear()
                     if self.enter("loading", "ready"):
                         self.log("engine lost")
@@ -554,8 +554,8 @@ class Gate:
             reply.prompt_tokens = value
         elif kind in (mp.END, mp.REFUSED) and value < len(mp.ENDINGS):
             self.charge(mp.ENDING_BITS)
-            reply.ending = reply.ending or mp.ENDINGS[value]
-            reply.error = mp.REFUSALS[value] if kind == mp.REFUSED else None
+            endings = mp.ENDINGS if kind == mp.END else mp.REFUSALS
+            reply.ending = reply.ending or endings[value]
             del self.replies[slot]
         else:
             raise ProtocolError("bad_message")
@@ -575,7 +575,7 @@ class Gate:
                 raise ProtocolError("busy")
             reply = types.SimpleNamespace(slot=min(free), ids=collections.deque(), due=0)
             reply.limit = min(request.get("max_new_tokens", self.context), self.context)
-            reply.ending, reply.error, reply.prompt_tokens = None, None, 0
+            reply.ending, reply.prompt_tokens = None, 0  # ending: as in the chain of exchanges
             reply.lease, reply.request, reply.sent = self.account.lease, request, []
             reply.table = self.vocabulary
             if "score" in request:
@@ -781,7 +781,7 @@ class Session:
         is_text = request.get("encoding") == "text"
         cutter = mp.TextCutter(gate.vocabulary, request.get("stop", ()) if is_text else ())
         try:
-            while reply.ids or not (reply.ending or reply.error):
+            while reply.ids or not reply.ending:
                 time.sleep((gate.tick - time.monotonic_ns() % gate.tick) / mp.NANOSECOND)
                 self.check()
                 ticks = gate.pass_ticks(began, ticks)
@@ -797,12 +797,12 @@ class Session:
                     gate.cancel(reply)
         finally:
             gate.cancel(reply)
-            ending = "stop" if cutter.stopped else reply.error or reply.ending
+            ending = "stop" if cutter.stopped else reply.ending
             self.heads = gate.chain(reply, ending)
             ticks = gate.pass_ticks(began, ticks)
-        if reply.error:
-            limit = gate.context if reply.error in mp.REFUSALS[1:] else None
-            raise ProtocolError(reply.error, limit=limit)
+        if ending not in mp.ENDINGS:
+            limit = gate.context if ending in mp.REFUSALS[1:] else None
+            raise ProtocolError(ending, limit=limit)
         counts = (reply.prompt_tokens, len(reply.sent), reply.prompt_tokens + len(reply.sent))
         final = {"usage": dict(zip(mp.USAGE, counts, strict=True)), "restarts": gate.restarts}
         final |= {"finish_reason": ending, "heads": self.heads}
@@ -815,7 +815,7 @@ class Session:
         """Ids for one cell, charged to the budget, if they fill it or have waited long enough."""
         gate, room = self.gate, reply.table.room
         with gate.lock:
-            is_due = reply.ending or reply.error or time.monotonic_ns() >= reply.due
+            is_due = reply.ending or time.monotonic_ns() >= reply.due
             if not reply.ids or (len(reply.ids) < room and not is_due):
                 return []
             ids = [reply.ids.popleft() for _ in range(min(room, len(reply.ids)))]

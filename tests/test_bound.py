@@ -98,7 +98,7 @@ class Charges(unittest.TestCase):
                 paid = []
                 gate = types.SimpleNamespace(lock=threading.Lock(), charge=paid.append)
                 reply = types.SimpleNamespace(ids=deque([0] * count), ending="stop", table=table)
-                reply.error, reply.sent = None, []
+                reply.sent = []
                 session = types.SimpleNamespace(gate=gate)
                 self.assertEqual(len(muenclave.Session.next_ids(session, reply)), count)
                 packed = 8 * math.ceil(count * bits / 8)

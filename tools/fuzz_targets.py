@@ -548,7 +548,7 @@ def new_reply(slot):
     lease = {"policy": {"latency_ms": 0, "shape": "plain"}}
     reply = types.SimpleNamespace(slot=slot, ids=collections.deque(), due=0, lease=lease)
     reply.table = vocabulary_of(300)
-    reply.limit, reply.ending, reply.error, reply.prompt_tokens = LIMIT, None, None, 0
+    reply.limit, reply.ending, reply.prompt_tokens = LIMIT, None, 0
     return reply
 
 
