@@ -153,8 +153,9 @@ def confine(role):
 
 # ==== init
 # Starts the gate, and loader and engine when the gate asks. The gate's messages are a letter each:
-# s start loader and engine, k kill them, a start me afresh, l a line of LOG by number (with the
-# port, for the first); e, an error text, is heard only before the first l: then it is confined.
+# s start loader and engine, k kill them, l a line of LOG by number (with the port, for the first);
+# e, an error text, is heard only before the first l: then it is confined. A gate whose lease has
+# ended is started afresh when it ends.
 
 LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended")
 DRAIN_SECONDS = 60  # from SIGTERM to the end of running answers
@@ -180,7 +181,7 @@ def say(text):
 def supervise(settings, signals):
     """Run one gate to its end. Returns the exit status, None if it is to be started afresh."""
     control, for_gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    gate, helpers, heard = spawn("gate", settings, for_gate), [], set()
+    gate, helpers, told = spawn("gate", settings, for_gate), [], set()  # told: lines of LOG
 
     def stop(number, _):
         """The gate drains; a second signal, or the alarm, ends it."""
@@ -200,13 +201,13 @@ def supervise(settings, signals):
                 helpers = start_helpers(control, settings) if letter == b"s" else []
             elif letter == b"l":
                 port = f" {int.from_bytes(message[2:4], 'big')}" if message[1] == 0 else ""
+                told.add(LOG[message[1]])
                 say(LOG[message[1]] + port)
-            elif letter == b"e" and b"l" not in heard:
+            elif letter == b"e" and not told:
                 say("error: " + message[1:].decode("utf-8", "replace"))
-            heard.add(letter)
     end(helpers)
     end([gate], LEAVE_SECONDS)
-    return None if b"a" in heard and not signals else int(gate.returncode != 0)
+    return None if "lease ended" in told and not signals else int(gate.returncode != 0)
 
 
 def spawn(role, settings, *sockets):
@@ -848,8 +849,6 @@ def gate_main(settings, control):
     leave_by = time.monotonic() + LEAVE_SECONDS
     while gate.sessions and time.monotonic() < leave_by:
         time.sleep(PAUSE / 10)
-    if not gate.is_draining:
-        control.send(b"a")
     return 0
 
 
