@@ -952,6 +952,7 @@ def unseal_chunk(disk, container, cipher, index, private, arena):
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
+SPARED = 3  # of free memory, an eighth is not for the cache
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 # Of a config: within these, all is attended to by its position.
 WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
@@ -1110,8 +1111,8 @@ class SlotCache:
     positions, the `span`, are looked at.
     """
 
-    def __init__(self, rows, context):
-        self.count, self.context = rows, context
+    def __init__(self, count, context):
+        self.count, self.context = count, context
         self.layers = {}
 
     def update(self, keys, values, layer, *_, **__):
@@ -1119,14 +1120,21 @@ class SlotCache:
         if layer not in self.layers:
             size = (self.count, keys.shape[1], self.context)
             self.layers[layer] = [new.new_zeros(*size, new.shape[3]) for new in (keys, values)]
+        view, first = self.rows, self.rows[0]
+        if view == list(range(first, first + len(view))):
+            view = slice(first, first + len(view))  # of which no copy is made
+        at = self.positions.new_tensor(self.rows)[:, None]
         for store, new in zip(self.layers[layer], (keys, values)):
-            store[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
-        first = int(self.rows[0])
-        return tuple(s[first : first + len(self.rows), :, : self.span] for s in self.layers[layer])
+            store[at, :, self.positions] = new.transpose(1, 2)
+        return tuple(store[view, :, : self.span] for store in self.layers[layer])
 
     def get_seq_length(self, *_):
         """Tokens cached; positions are always given, so it only has to be a number."""
         return self.span
+
+    def stores(self):
+        """All tensors of keys or values, (rows, heads, tokens, size)."""
+        return [store for pair in self.layers.values() for store in pair]
 
 
 class Decoder:
@@ -1138,14 +1146,25 @@ class Decoder:
 
     def __init__(self, model, facts, prompter, settings, gate):
         self.model, self.prompter, self.gate = model, prompter, gate
-        limits = [getattr(model.config, name, None) for name in WINDOWS]
-        limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"]]
-        self.context = min(filter(None, limits))
         self.ends, self.sampling = facts["ends"], facts["sampling"]
-        self.cache = SlotCache(int(settings["ENCLAVE_SLOTS"]), self.context)
+        limits = [getattr(model.config, name, None) for name in WINDOWS]
+        limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"], self.measure_room()]
+        self.context = min(filter(None, limits))
+        count = min(limits[-1] // self.context, int(settings["ENCLAVE_SLOTS"]))
+        self.cache = SlotCache(count, self.context)
         self.streams = []  # in the order in which they came
+        self.last = [None] * count  # of each row, the stream that is or was in it
         self.out = bytearray()
         self.check()
+
+    def measure_room(self):
+        """How many tokens the memory that is free now can hold. Raises MemoryError for none."""
+        self.cache = SlotCache(1, 1)
+        self.forward([0], [[1]], [0])
+        room = free_memory(self.model.device) // sum(s.nbytes for s in self.cache.stores())
+        if not room:
+            raise MemoryError
+        return room
 
     def check(self):
         """Raise ValueError unless the model, taken in parts beside other rows, gives the logits of
@@ -1153,10 +1172,11 @@ class Decoder:
         """
         import torch
 
-        ids, row, rtol = list(range(1, 7)), self.cache.count - 1, torch.finfo(self.model.dtype).eps
-        self.forward(row, [ids[:2]], [0])
-        self.forward(row, [ids[2:5]], [2])
-        parts = self.forward(0, [ids[5:]] * (row + 1), [6] * row + [5])[row:]
+        ids, rtol = list(range(1, 7)), torch.finfo(self.model.dtype).eps
+        *others, row = rows = list(range(self.cache.count))
+        self.forward([row], [ids[:2]], [0])
+        self.forward([row], [ids[2:5]], [2])
+        parts = self.forward(rows, [ids[5:]] * len(rows), [6] * len(others) + [5])[row:]
         with torch.inference_mode():
             tokens = torch.tensor([ids], device=self.model.device)
             whole = self.model(tokens, use_cache=False).logits[:, -1].float()
@@ -1191,7 +1211,7 @@ class Decoder:
         self.out += mp.PIPE.pack(mp.LENGTH, message["slot"], size)
         facts = {"row": None, "ids": ids, "cached": 0, "start": size}
         facts["limit"] = size + wanted if wanted else self.context
-        options = {"score": None} | self.sampling | message | facts
+        options = {"score": None, "user": None} | self.sampling | message | facts
         self.streams.append(types.SimpleNamespace(**options))
 
     def end(self, stream, reason):
@@ -1200,50 +1220,96 @@ class Decoder:
         self.streams.remove(stream)
 
     def step(self):
-        """One chunk of one prompt, then one token for every stream whose prompt is in the cache."""
-        active = self.streams[: self.cache.count]
-        for stream in active:
-            if stream.row is None:  # it takes the lowest that is free, since a step goes over all
-                stream.row = min(set(range(self.cache.count)) - {other.row for other in active})
+        """CHUNK tokens of prompts, then one token for every stream whose prompt is in the cache."""
+        self.admit()
+        active = [stream for stream in self.streams if stream.row is not None]
         running = [stream for stream in active if stream.cached + 1 == len(stream.ids)]
-        for stream in [stream for stream in active if stream not in running][:1]:
-            chunk = stream.ids[stream.cached : stream.cached + CHUNK]
-            logits = self.forward(stream.row, [chunk], [stream.cached])
-            stream.cached += len(chunk)
-            if stream.cached == len(stream.ids):
-                self.emit([stream], logits)
-        if not running:
-            return
-        # A row between them that has no token now writes where its own next one will be written.
-        inputs = {stream.row: (0, stream.cached) for stream in active}
-        inputs |= {stream.row: (stream.ids[-1], stream.cached) for stream in running}
-        batch = [inputs.get(row, (0, 0)) for row in range(1 + max(s.row for s in running))]
-        logits = self.forward(0, [[token] for token, _ in batch], [start for _, start in batch])
-        for stream in running:
-            stream.cached += 1
-        self.emit(running, logits[[stream.row for stream in running]])
+        self.prefill([stream for stream in active if stream not in running])
+        self.decode(running)
 
-    def forward(self, first, tokens, starts):
-        """Logits (rows, vocabulary) after each row's last token; `first` is the first cache row."""
+    def admit(self):
+        """Give free rows to streams that wait, to users with the fewest, the oldest first.
+
+        The lowest rows come first, since a step goes over all below the highest that runs.
+        """
+        taken = {stream.row: stream.user for stream in self.streams if stream.row is not None}
+        for row in sorted(set(range(self.cache.count)) - taken.keys()):
+            waiting = [stream for stream in self.streams if stream.row is None]
+            if waiting:
+                counts = collections.Counter(taken.values())
+                stream = min(waiting, key=lambda one: counts[one.user])
+                self.reuse(stream, row)
+                stream.row, self.last[row], taken[row] = row, stream, stream.user
+
+    def reuse(self, stream, row):
+        """Begin a row with the whole chunks of the prompt that another holds for the same user."""
+        source = row
+        for other in [other for other in self.last if other and other.user == stream.user]:
+            size, most = stream.cached + CHUNK, min(other.cached, len(stream.ids) - 1)
+            while size <= most and stream.ids[:size] == other.ids[:size]:
+                source, stream.cached = other.row, size
+                size += CHUNK
+        if source != row:
+            for store in self.cache.stores():
+                store[row, :, : stream.cached] = store[source, :, : stream.cached]
+
+    def prefill(self, streams):
+        """A pass over the next chunk of as many prompts as make no more than CHUNK tokens."""
+        chunks, width = [], 0
+        for stream in streams:
+            chunk = stream.ids[stream.cached : stream.cached + CHUNK]
+            width = max(width, len(chunk))
+            if chunks and width * (len(chunks) + 1) > CHUNK:
+                break
+            chunks.append(chunk)
+        if chunks:
+            streams = streams[: len(chunks)]
+            logits = self.forward([s.row for s in streams], chunks, [s.cached for s in streams])
+            for stream, chunk in zip(streams, chunks):
+                stream.cached += len(chunk)
+            done = [n for n, stream in enumerate(streams) if stream.cached == len(stream.ids)]
+            self.emit([streams[n] for n in done], logits[done])
+
+    def decode(self, streams):
+        """A token for each of these streams."""
+        rows = [stream.row for stream in streams]
+        if rows:
+            # A row between them that has no token now writes behind what it holds.
+            tokens, starts = [[0]] * self.cache.count, [s.cached if s else 0 for s in self.last]
+            for stream in streams:
+                tokens[stream.row] = stream.ids[-1:]
+                stream.cached += 1
+            count = max(rows) + 1
+            logits = self.forward(list(range(count)), tokens[:count], starts[:count])
+            self.emit(streams, logits[rows])
+
+    def forward(self, rows, chunks, starts):
+        """Logits (rows, vocabulary) after each row's chunk of tokens, whose positions begin there.
+
+        rows: of the cache. A chunk that is shorter is filled with its last token, in its place.
+        """
         import torch
 
+        width, device, dtype = max(map(len, chunks)), self.model.device, self.model.dtype
+        places = [[min(at, len(chunk) - 1) for at in range(width)] for chunk in chunks]
+        tokens = [[chunk[at] for at in place] for chunk, place in zip(chunks, places)]
+        self.cache.rows, self.cache.span = rows, width + max(starts)
         with torch.inference_mode():
-            device, dtype = self.model.device, self.model.dtype
-            tokens, starts = (torch.tensor(v, device=device) for v in (tokens, starts))
-            count, width = tokens.shape
-            positions = starts[:, None] + torch.arange(width, device=device)
-            span = torch.arange(int(starts.max()) + width, device=device)
+            tokens, places, starts = (
+                torch.tensor(v, device=device) for v in (tokens, places, starts)
+            )
+            positions = self.cache.positions = places + starts[:, None]
+            span = torch.arange(self.cache.span, device=device)
             mask = (span > positions[:, None, :, None]).to(dtype) * torch.finfo(dtype).min
-            self.cache.rows = torch.arange(first, first + count, device=device)
-            self.cache.positions, self.cache.span = positions, len(span)
             facts = {"position_ids": positions, "attention_mask": mask, "cache": self.cache}
             output = self.model(tokens, **facts, use_cache=True, logits_to_keep=1)
             return output.logits[:, -1].float()
 
     def emit(self, streams, logits):
         """Choose a token for each stream and tell the gate; end those that are done."""
-        for stream, scores in zip(streams, map(score, streams, logits.split(1))):
-            token = self.judge(stream, scores) if stream.score else int(scores.argmax())
+        scores = score(streams, logits)
+        for stream, row, token in zip(streams, scores, scores.argmax(-1).tolist()):
+            token = self.judge(stream, row) if stream.score else token
             stream.ids.append(token)
             if token in self.ends:
                 self.end(stream, "stop")
@@ -1266,58 +1332,96 @@ class Decoder:
         return tokens[0]
 
 
-def score(stream, scores):
-    """What a stream's next token is the highest of, (vocabulary,): Gumbel-max with seeded noise.
-
-    scores: logits (1, vocabulary). argmax(logit / T + g) draws from softmax(logit / T) if g is
-    Gumbel noise (Maddison, Tarlow, Minka 2014). The noise depends on seed, position and token
-    only, so an answer can be scored again.
-    """
+def free_memory(device):
+    """Bytes that the cache may take: what is free now, but for a part that passes need."""
     import torch
-    import transformers as hf
 
-    ids = torch.tensor([stream.ids], device=scores.device)
-    if stream.repetition_penalty != 1:
-        scores = hf.RepetitionPenaltyLogitsProcessor(float(stream.repetition_penalty))(ids, scores)
-    if stream.temperature >= COLDEST:
-        scores = scores / stream.temperature
-        if stream.top_k:
-            scores = hf.TopKLogitsWarper(stream.top_k)(ids, scores)
-        if stream.top_p < 1:
-            scores = hf.TopPLogitsWarper(float(stream.top_p))(ids, scores)
-        scores = scores + gumbel(stream.seed, len(stream.ids), scores.shape[1], scores.device)
-    return scores[0]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = (
+            int(re.search(rb"MemAvailable: +(\d+) kB", os.pread(memory_file(), 4096, 0))[1]) << 10
+        )
+    return free - (free >> SPARED)
 
 
-def gumbel(seed, position, size, device):
-    """Gumbel noise (size,): a function of seed, position and token id, in integer arithmetic.
+@functools.cache
+def memory_file():
+    """Opened by warm_up: once confined, nothing can be."""
+    return os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
 
-    The hash is "lowbias32" (C. Wellons, hash-prospector), on 32-bit words in int64. Its first bit
-    chooses a tail, the others how far down that; between two quantiles of the table lies a line.
+
+def score(streams, logits):
+    """What each stream's next token is the highest of: Gumbel-max with seeded noise.
+
+    logits, and what is returned: (streams, vocabulary). argmax(logit / T + g) draws from
+    softmax(logit / T) if g is Gumbel noise (Maddison, Tarlow, Minka 2014). The noise depends on
+    seed, position and token only, so an answer can be scored again.
     """
     import torch
 
-    digest = hashlib.sha256(seed.to_bytes(8, "big") + position.to_bytes(8, "big")).digest()
-    words = torch.arange(size, device=device)
-    for key in struct.unpack(">II", digest[:8]):
+    for stream, row in zip(streams, logits):
+        if stream.repetition_penalty != 1:  # Keskar et al. 2019 (CTRL), 4.1
+            seen = torch.tensor(stream.ids, device=row.device).unique()
+            penalty = float(stream.repetition_penalty)
+            row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+    drawn = [n for n, stream in enumerate(streams) if stream.temperature >= COLDEST]
+    if drawn:
+        streams = [streams[n] for n in drawn]
+        scores = logits[drawn] / column([s.temperature for s in streams], logits)
+        if any(stream.top_k or stream.top_p < 1 for stream in streams):
+            scores = cut(streams, scores)
+        logits[drawn] = scores + gumbel(streams, logits.shape[1], logits.device)
+    return logits
+
+
+def cut(streams, scores):
+    """Scores with what is beyond each stream's top_k, and then top_p, at minus infinity."""
+    import torch
+
+    count, none = scores.shape[1], -torch.inf
+    most = column([min(s.top_k or count, count) for s in streams], scores).long()
+    share = column([s.top_p if s.top_p < 1 else 2.0 for s in streams], scores)
+    ranked = scores.sort(descending=True).values
+    ranked = ranked.masked_fill(torch.arange(count, device=scores.device) >= most, none)
+    chances = ranked.softmax(-1)
+    kept = (chances.cumsum(-1) - chances < share).sum(-1, keepdim=True)
+    return scores.masked_fill(scores < ranked.gather(-1, kept.minimum(most) - 1), none)
+
+
+def column(values, like):
+    """(values, 1), floats on the device of a tensor."""
+    return like.new_tensor(values)[:, None]
+
+
+def gumbel(streams, size, device):
+    """Gumbel noise (streams, size): a function of seed, position and token id, in integers.
+
+    The hash is "lowbias32" (C. Wellons, hash-prospector). Its first bit chooses a tail, the others
+    how far down that; between two quantiles of the table lies a line.
+    """
+    import torch
+
+    numbers = [s.seed.to_bytes(8, "big") + len(s.ids).to_bytes(8, "big") for s in streams]
+    keys = [struct.unpack(">ii", hashlib.sha256(number).digest()[:8]) for number in numbers]
+    words = torch.arange(size, dtype=torch.int32, device=device)
+    for key in torch.tensor(keys, dtype=torch.int32, device=device).split(1, 1):
         words = words ^ key
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-            words = (words ^ (words >> shift)) * factor & 0xFFFFFFFF
-    tail = words >> 31
-    chance = ((words ^ -tail) & 0x7FFFFFFF) * 2 + 1  # of what is farther out, times 2^33
-    octave = torch.frexp(chance.double())[1].long()
-    place = chance << (32 - octave)
-    at, part = (octave << 6) + (place >> 25) - 64, place & 0x1FFFFFF
-    low, high = (quantiles(device)[tail, at + step] for step in (0, 1))
-    return (low + ((high - low) * part >> 25)).float() / 2**18
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
+            words = (words ^ (words >> shift & 0xFFFFFFFF >> shift)) * factor
+    chance = (words ^ words >> 31).double() * 2 + 1  # of what is farther out, times 2^33
+    bits = chance.view(torch.int64)  # the exponent from 52 on: how many octaves, then where
+    at = (bits >> 46) - (1022 << 6) + (words < 0) * len(quantiles(device)) // 2
+    low, high = (quantiles(device)[at + step] for step in (0, 1))
+    return (low + ((high - low) * (bits >> 21 & 0x1FFFFFF) >> 25)).float() / 2**18
 
 
 @functools.cache
 def quantiles(device):
-    """The table of mp.gumbel_quantiles as a tensor."""
+    """The tables of mp.gumbel_quantiles, one behind the other."""
     import torch
 
-    return torch.tensor(mp.gumbel_quantiles(), device=device)
+    return torch.tensor(mp.gumbel_quantiles(), device=device).flatten()
 
 
 # ==== command line

@@ -813,6 +813,12 @@ class Prompts(unittest.TestCase):
 # ---------------------------------------------------------------- generation
 
 
+def noise_of(seed, position, size):
+    """The noise (size,) that is added to a stream's scores."""
+    stream = types.SimpleNamespace(seed=seed, ids=[0] * position)
+    return muenclave.gumbel([stream], size, "cpu")[0]
+
+
 class Sampling(unittest.TestCase):
     """Tokens are drawn from the distribution that was asked for, by nothing but the seed."""
 
@@ -823,7 +829,7 @@ class Sampling(unittest.TestCase):
     def draw(self, streams):
         logits = torch.tensor([self.LOGITS] * len(streams))
         streams = [types.SimpleNamespace(**weights.NEUTRAL | {"ids": [0]} | s) for s in streams]
-        return [int(s.argmax()) for s in map(muenclave.score, streams, logits.split(1))]
+        return muenclave.score(streams, logits).argmax(-1).tolist()
 
     def check_distribution(self, found, weights):
         """Pearson's test of outcomes against weights; its p-value by the regularised gamma."""
@@ -890,8 +896,8 @@ class Sampling(unittest.TestCase):
 
     def test_noise_is_a_function_of_seed_position_and_token(self):
         """Fixed numbers: an answer can be re-scored by another build as long as these hold."""
-        noise = muenclave.gumbel(7, 3, 5, "cpu")
-        self.assertTrue(torch.equal(noise, muenclave.gumbel(7, 3, 9, "cpu")[:5]))
+        noise = noise_of(7, 3, 5)
+        self.assertTrue(torch.equal(noise, noise_of(7, 3, 9)[:5]))
         u = self.uniforms(7, 3, 5)
         wanted = torch.tensor([-math.log(-math.log(x)) for x in u])
         self.assertTrue(torch.allclose(noise, wanted, atol=5e-5))
@@ -900,7 +906,7 @@ class Sampling(unittest.TestCase):
         """The same fixed numbers in Python's integers, exactly, also far out in both tails."""
         lower, upper = mp.gumbel_quantiles()
         for seed in range(6):
-            noise = muenclave.gumbel(seed, 9, 5000, "cpu") * 2**18
+            noise = noise_of(seed, 9, 5000) * 2**18
             wanted = []
             for word in self.words(seed, 9, 5000):
                 table, rest = (upper, 2**32 - 1 - word) if word >> 31 else (lower, word)
@@ -1007,7 +1013,7 @@ class Generation(unittest.TestCase):
             self.assertEqual((len(codes), judged), (len(ids) + (ended == "stop"), ended))
         ids = answers(batch, [request])[0][0]
         logits = model(torch.tensor([[1, 2, 3, *ids[:7]]])).logits[0, -1].detach() / 0.9
-        scores = logits + muenclave.gumbel(4, 10, 128, "cpu")
+        scores = logits + noise_of(4, 10, 128)
         order = scores.argsort(descending=True).tolist()
         self.assertEqual(order[0], ids[7])
         for place in (1, 4, 60, 127):
