@@ -953,7 +953,7 @@ def unseal_chunk(disk, container, cipher, index, private, arena):
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
 MANY = 64  # tokens
-SPARED = 3  # of free memory, an eighth is not for the cache
+SPARED = 8  # an eighth of free memory is not for the cache
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 # Of a config: within these, all is attended to by its position.
 WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
@@ -1226,8 +1226,8 @@ class Decoder:
         self.admit()
         active = [stream for stream in self.streams if stream.row is not None]
         running = [stream for stream in active if stream.cached + 1 == len(stream.ids)]
-        self.prefill([stream for stream in active if stream not in running])
-        self.decode(running)
+        self.advance(first_prompts([stream for stream in active if stream not in running]))
+        self.advance(sorted(running, key=lambda stream: stream.row))
 
     def admit(self):
         """Give free rows to streams that wait, to users with the fewest, the oldest first.
@@ -1255,35 +1255,15 @@ class Decoder:
             for store in self.cache.stores():
                 store[row, :, : stream.cached] = store[source, :, : stream.cached]
 
-    def prefill(self, streams):
-        """A pass over the next chunk of as many prompts as make no more than CHUNK tokens."""
-        chunks, width = [], 0
-        for stream in streams:
-            chunk = stream.ids[stream.cached : stream.cached + CHUNK]
-            width = max(width, len(chunk))
-            if chunks and width * (len(chunks) + 1) > CHUNK:
-                break
-            chunks.append(chunk)
-        if chunks:
-            streams = streams[: len(chunks)]
+    def advance(self, streams):
+        """A pass over the next chunk of each; a token for those that are all in the cache."""
+        if streams:
+            chunks = [stream.ids[stream.cached :][:CHUNK] for stream in streams]
             logits = self.forward([s.row for s in streams], chunks, [s.cached for s in streams])
             for stream, chunk in zip(streams, chunks):
                 stream.cached += len(chunk)
             done = [n for n, stream in enumerate(streams) if stream.cached == len(stream.ids)]
             self.emit([streams[n] for n in done], logits[done])
-
-    def decode(self, streams):
-        """A token for each of these streams."""
-        rows = [stream.row for stream in streams]
-        if rows:
-            # A row between them that has no token now writes behind what it holds.
-            tokens, starts = [[0]] * self.cache.count, [s.cached if s else 0 for s in self.last]
-            for stream in streams:
-                tokens[stream.row] = stream.ids[-1:]
-                stream.cached += 1
-            count = max(rows) + 1
-            logits = self.forward(list(range(count)), tokens[:count], starts[:count])
-            self.emit(streams, logits[rows])
 
     def forward(self, rows, chunks, starts):
         """Logits (rows, vocabulary) after each row's chunk of tokens, whose positions begin there.
@@ -1334,6 +1314,16 @@ class Decoder:
         return tokens[0]
 
 
+def first_prompts(streams):
+    """As many as make no more than CHUNK tokens in one pass, filled up to the longest of them."""
+    longest = 0
+    for count, stream in enumerate(streams):
+        longest = max(longest, len(stream.ids) - stream.cached)
+        if count and longest * (count + 1) > CHUNK:
+            return streams[:count]
+    return streams
+
+
 def quicken(model):
     """Have a processor without bfloat16 multiply many tokens as float32, three times as fast."""
     import torch
@@ -1355,22 +1345,21 @@ def multiply(module, tokens):
 
 
 def free_memory(device):
-    """Bytes that the cache may take: what is free now, but for a part that passes need."""
+    """Bytes that the cache may take: what is free now, less a part for what passes need."""
     import torch
 
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = (
-            int(re.search(rb"MemAvailable: +(\d+) kB", os.pread(memory_file(), 4096, 0))[1]) << 10
-        )
-    return free - (free >> SPARED)
+        memory_file().seek(0)
+        free = 1024 * int(re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1])
+    return free - free // SPARED
 
 
 @functools.cache
 def memory_file():
     """Opened by warm_up: once confined, nothing can be."""
-    return os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+    return open("/proc/meminfo", "rb", buffering=0)
 
 
 def score(streams, logits):
@@ -1427,7 +1416,7 @@ def gumbel(streams, size, device):
     numbers = [s.seed.to_bytes(8, "big") + len(s.ids).to_bytes(8, "big") for s in streams]
     keys = [struct.unpack(">ii", hashlib.sha256(number).digest()[:8]) for number in numbers]
     words = torch.arange(size, dtype=torch.int32, device=device).repeat(len(streams), 1)
-    spare = torch.empty_like(words)
+    spare = torch.empty_like(words)  # memory that is new each time costs more than the arithmetic
     for key in torch.tensor(keys, dtype=torch.int32, device=device).split(1, 1):
         words ^= key
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
@@ -1437,15 +1426,11 @@ def gumbel(streams, size, device):
             words *= factor
     tail = words >> 31  # -1 for the upper one
     chance = (words ^ tail).double() * 2 + 1  # of what is farther out, times 2^33
-    part = chance.view(torch.int64)  # its exponent is the octave, the bits below a place in that
+    bits = chance.view(torch.int64)  # an exponent, which is the octave, and a place in that
     table, slope = quantiles(device)
-    at = (part >> 46) - (1022 << 6) - tail * (len(table) // 2)
-    part >>= 21
-    part &= 0x1FFFFFF
-    part *= slope[at]
-    part >>= 25
-    part += table[at]
-    return part.float() / 2**18
+    at = (bits >> 46) - (1022 << 6) - tail * (len(table) // 2)
+    rest = (bits >> 21 & 0x1FFFFFF) * slope[at] >> 25
+    return (table[at] + rest).float() / 2**18
 
 
 @functools.cache
