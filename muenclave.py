@@ -1179,7 +1179,7 @@ class Decoder:
         self.forward([row], [ids[:2]], [0])
         self.forward([row], [ids[2:5]], [2])
         parts = self.forward(rows, [ids[5:]] * len(rows), [6] * len(others) + [5])[row:]
-        with torch.inference_mode():
+        with torch.no_grad():
             tokens = torch.tensor([ids], device=self.model.device)
             whole = self.model(tokens, use_cache=False).logits[:, -1].float()
         if not (parts - whole).abs().max() <= whole.abs().max() * rtol**0.5:
@@ -1276,7 +1276,7 @@ class Decoder:
         places = [[min(at, len(chunk) - 1) for at in range(width)] for chunk in chunks]
         tokens = [[chunk[at] for at in place] for chunk, place in zip(chunks, places)]
         self.cache.rows, self.cache.span = rows, width + max(starts)
-        with torch.inference_mode():
+        with torch.no_grad():
             tokens, places, starts = (
                 torch.tensor(v, device=device) for v in (tokens, places, starts)
             )

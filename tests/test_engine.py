@@ -1177,6 +1177,168 @@ class Generation(unittest.TestCase):
         self.assertEqual(heard(batch.out)[2], wanted)  # what was there before it is not seen
 
 
+class Passes(unittest.TestCase):
+    """What goes through the model together, and what does not have to go through it again."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model = rebuilt(tiny(seed=3))
+
+    def setUp(self):
+        self.addCleanup(setattr, muenclave, "CHUNK", muenclave.CHUNK)
+        muenclave.CHUNK = 16
+
+    def passes(self, batch):
+        """The [(rows, widths)] of each pass from now on."""
+        found, forward = [], batch.forward
+
+        def recorded(rows, chunks, starts):
+            found.append((list(rows), [len(chunk) for chunk in chunks]))
+            return forward(rows, chunks, starts)
+
+        batch.forward = recorded
+        return found
+
+    def run_all(self, batch):
+        while batch.streams:
+            batch.step()
+        said = heard(batch.out)
+        batch.out.clear()
+        return said
+
+    def test_prompts_share_a_pass_as_far_as_a_chunk_goes(self):
+        batch = decoder(self.model, slots=6)
+        for slot, size in enumerate((5, 3, 5, 2, 40, 4)):
+            batch.take({"slot": slot, "seed": 0, "ids": [slot + 1] * size, "max_new_tokens": 1})
+        found = self.passes(batch)
+        self.run_all(batch)
+        wanted = [([0, 1, 2], [5, 3, 5]), ([3], [2]), ([4], [16]), ([4], [16])]
+        self.assertEqual(found, wanted + [([4, 5], [8, 4])])
+
+    def test_a_long_prompt_takes_no_more_than_a_chunk_between_two_tokens(self):
+        batch = decoder(self.model, slots=3)
+        batch.take({"slot": 0, "seed": 0, "ids": [1], "max_new_tokens": 9})
+        batch.step()
+        for slot in (1, 2):
+            batch.take({"slot": slot, "seed": 0, "ids": [2] * 30, "max_new_tokens": 1})
+        found = self.passes(batch)
+        self.run_all(batch)
+        between = [sum(widths) for rows, widths in found if rows != [0]]
+        self.assertEqual(between, [16, 14, 16, 14])
+        self.assertEqual(found[1::2][:4], [([0], [1])] * 4)
+
+    def test_a_prefix_that_a_row_holds_is_not_taken_in_again(self):
+        shared, draw = [7] * 20 + [9] * 20, random.Random(3)
+        requests = [
+            {"ids": shared + [draw.randrange(128) for _ in range(n)], "max_new_tokens": 6}
+            for n in (9, 1, 30, 3)
+        ]
+        wanted = [answers(decoder(self.model, slots=1), [one])[0] for one in requests]
+        batch = decoder(self.model, slots=2)
+        for slot, request in enumerate(requests):
+            batch.take({"seed": 0, "slot": slot, "user": 5} | request)
+            found = self.passes(batch)
+            if slot == 0:
+                batch.step()  # the others come while its prompt is being taken in
+        said = self.run_all(batch)
+        self.assertEqual([said[slot] for slot in range(4)], wanted)
+        prompts = sum(sum(widths) for _, widths in found if max(widths) > 1)
+        reused = 16 + 16 + 32 + 32  # the first took 16 before; then it held 16, and at its end 32
+        self.assertLessEqual(prompts, sum(len(request["ids"]) for request in requests) - reused)
+        for user, width in ((5, 16), (6, 16), (6, 9)):  # another's is not looked at, once is enough
+            batch = batch if user == 6 else decoder(self.model, slots=2)
+            batch.take({"seed": 0, "slot": 0, "user": user} | requests[0])
+            found = self.passes(batch)
+            self.assertEqual(self.run_all(batch)[0], wanted[0])
+            self.assertEqual(max(found[0][1]), width)
+
+    def test_all_of_a_prompt_but_its_last_token_may_be_held(self):
+        batch, request = decoder(self.model, slots=2), {"ids": [3] * 32, "max_new_tokens": 4}
+        first = answers(batch, [request])
+        found = self.passes(batch)
+        self.assertEqual(answers(batch, [request]), first)
+        self.assertEqual(found[0], ([0], [16]))
+        request["ids"] = request["ids"] + [3]
+        found.clear()
+        wanted = answers(decoder(self.model), [request])
+        self.assertEqual(answers(batch, [request]), wanted)
+        self.assertEqual(found[0], ([0], [1]))
+
+    def test_rows_go_to_the_user_with_the_fewest(self):
+        batch = decoder(self.model, slots=2)
+        for slot, user in enumerate((1, 1, 1, 1, 2, 2, 3)):
+            batch.take({"slot": slot, "seed": 0, "ids": [1], "user": user, "max_new_tokens": 3})
+        order = []
+        while batch.streams:
+            batch.step()
+            order += [s for kind, s, _ in mp.PIPE.iter_unpack(bytes(batch.out)) if kind == mp.END]
+            batch.out.clear()
+        self.assertEqual(order, [0, 4, 1, 5, 2, 6, 3])
+
+    def test_many_tokens_of_a_bfloat16_model_are_multiplied_as_float32(self):
+        model = rebuilt(tiny(seed=3).bfloat16(), dtype="bfloat16")
+        layer = model.model.layers[0].mlp.up_proj
+        few, many = torch.randn(1, 9, 64).bfloat16(), torch.randn(1, muenclave.MANY, 64).bfloat16()
+        wanted = (many.float() @ layer.weight.float().T).bfloat16()
+        muenclave.quicken(model)
+        is_native = torch.cpu.get_capabilities().get("avx512_bf16")
+        if not is_native:
+            self.assertTrue(torch.equal(layer(many), wanted))
+        self.assertTrue(torch.equal(layer(few), torch.nn.functional.linear(few, layer.weight)))
+
+
+class Memory(unittest.TestCase):
+    """The cache takes what is free when the model has been loaded, and no more."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model = rebuilt(tiny(seed=3))
+        cls.token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, size, float32
+
+    def limited(self, tokens):
+        """A decoder with room for so many tokens."""
+        free = muenclave.free_memory
+        self.addCleanup(setattr, muenclave, "free_memory", free)
+        muenclave.free_memory = lambda _: tokens * self.token
+        return decoder(self.model, slots=4)
+
+    def test_fewer_rows(self):
+        for tokens, rows in ((4096, 4), (512, 4), (511, 3), (300, 2), (129, 1), (128, 1)):
+            batch = self.limited(tokens)
+            self.assertEqual((batch.cache.count, batch.context), (rows, 128))
+            taken = sum(store.nbytes for store in batch.cache.stores())
+            self.assertEqual(taken, rows * 128 * self.token)
+
+    def test_then_a_shorter_context(self):
+        batch = self.limited(50)
+        self.assertEqual((batch.cache.count, batch.context), (1, 50))
+        requests = [{"ids": [1] * 50}, {"ids": [1] * 9, "max_new_tokens": 42}, {"ids": [1] * 40}]
+        got = answers(batch, requests)
+        self.assertEqual(
+            [ended for _, ended in got], ["prompt_too_long", "too_many_tokens", "length"]
+        )
+        self.assertEqual(len(got[2][0]), 10)
+
+    def test_nothing_is_free(self):
+        with self.assertRaises(MemoryError):
+            self.limited(0)
+
+    def test_what_is_free(self):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        told = muenclave.free_memory(torch.device("cpu"))
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+        self.assertGreater(told, available / 2)
+        self.assertLess(told, int(lines["MemTotal"].split()[0]) * 1024)
+
+    def test_it_does_not_grow(self):
+        batch = decoder(self.model, slots=3)
+        before = [(store.data_ptr(), store.nbytes) for store in batch.cache.stores()]
+        answers(batch, [{"ids": [n] * 100, "max_new_tokens": 28} for n in range(9)])
+        after = [(store.data_ptr(), store.nbytes) for store in batch.cache.stores()]
+        self.assertEqual(after, before)
+
+
 # ---------------------------------------------------------------- the process
 
 
