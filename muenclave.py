@@ -78,7 +78,7 @@ madvise 28 gle, getpid 39 gle, recvfrom 45 gle, exit 60 gle, gettid 186 gle, fut
 sched_getaffinity 204 gle, restart_syscall 219 gle, clock_gettime 228 gle, clock_nanosleep 230 gle,
 exit_group 231 gle, set_robust_list 273 gle, getrandom 318 gle, rseq 334 gle, poll 7 ge,
 ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, getsockname 51 g,
-preadv2 327 l, ftruncate 77 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
+preadv2 327 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
 fcntl 72 e 1 0xFFFFFFFF 1030
@@ -915,36 +915,38 @@ def unseal(disk, container, cipher, arena, gate):
 
     Raises InvalidTag for a chunk that fails authentication, EOFError for one that is missing.
     """
-    os.ftruncate(arena, container.length)
-    memory = mmap.mmap(arena, container.length)
-    memory.madvise(mmap.MADV_DONTDUMP)
     workers = min(len(os.sched_getaffinity(0)), container.chunks)
-    with memoryview(memory) as view, ThreadPoolExecutor(workers) as pool:
 
-        def work(first):
-            private = memoryview(bytearray(container.chunk_size + mp.TAG))
-            for index in range(first, container.chunks, workers):
-                unseal_chunk(disk, container, cipher, index, private, view)
-                if first == 0:
-                    gate.sendall(mp.frame(b"p" + bytes([index * 10 // container.chunks])))
+    def work(first):
+        sealed = memoryview(bytearray(container.chunk_size + mp.TAG))
+        plain = memoryview(bytearray(container.chunk_size))
+        for index in range(first, container.chunks, workers):
+            unseal_chunk(disk, container, cipher, index, sealed, plain, arena)
+            if first == 0 and index * 10 % container.chunks < 10 * workers:  # a tenth more
+                gate.sendall(mp.frame(b"p" + bytes([index * 10 // container.chunks])))
 
+    with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))
     start, size = container.files[mp.VOCABULARY_FILE]
-    vocabulary = memory[start : start + size]
-    memory.close()
+    vocabulary = bytearray(size)
+    os.preadv(arena, [vocabulary], start)
     return vocabulary
 
 
-def unseal_chunk(disk, container, cipher, index, private, arena):
-    """Read one chunk into private memory (the host can change a disk under us), then decrypt it."""
+def unseal_chunk(disk, container, cipher, index, sealed, plain, arena):
+    """Read a chunk into private memory (the host can change a disk under us), decrypt it there,
+    and write it: the kernel need not clear new pages, nor map them, as it would under a mapping.
+    """
     offset, start, size, nonce = container.chunk(index)
-    sealed = private[: size + mp.TAG]
+    sealed, plain = sealed[: size + mp.TAG], plain[:size]
     if os.preadv(disk, [sealed], offset) != len(sealed):
         raise EOFError("the sealed model is truncated")
-    if hasattr(cipher, "decrypt_into"):  # cryptography >= 47: no copy
-        cipher.decrypt_into(nonce, sealed, None, arena[start : start + size])
+    if hasattr(cipher, "decrypt_into"):  # cryptography >= 47
+        cipher.decrypt_into(nonce, sealed, None, plain)
     else:
-        arena[start : start + size] = cipher.decrypt(nonce, sealed, None)
+        plain = cipher.decrypt(nonce, sealed, None)
+    if os.pwrite(arena, plain, start) != size:
+        raise MemoryError
 
 
 # ==== engine
