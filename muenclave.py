@@ -104,6 +104,8 @@ def drop_privileges(role, level):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if role != "loader":  # which sizes the arena, a file to the kernel
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    with contextlib.suppress(ValueError):  # more than we may; a guest has no swap
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
     drop_capabilities()
     if level == "full":
         os.setgroups([])
@@ -953,6 +955,7 @@ def unseal_chunk(disk, container, cipher, index, sealed, plain, arena):
 # Nothing below is trusted with anything but answers. It has the arena and its pipe to the gate.
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
+MAP_LOCKED = 0x2000
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
 MANY = 64  # tokens
 SPARED = 8  # an eighth of free memory is not for the cache
@@ -992,10 +995,16 @@ def engine_main(settings, gate, loader):
 
 
 def map_arena(loader):
-    """Receive the sealed arena; map it copy-on-write. Returns {file name: memoryview}."""
+    """Receive the sealed arena; map it to be read, locked where so much may be, so that it never
+    goes to swap. Returns {file name: memoryview}.
+    """
     size, (descriptor,), _, _ = socket.recv_fds(loader, 4, 1)
     table = json.loads(mp.read_exactly(loader, int.from_bytes(size, "big")))
-    memory = mmap.mmap(descriptor, table["length"], mmap.MAP_PRIVATE)
+    for flags in (MAP_LOCKED, 0):
+        with contextlib.suppress(OSError):  # a limit of locked memory
+            flags |= mmap.MAP_PRIVATE | mmap.MAP_POPULATE
+            memory = mmap.mmap(descriptor, table["length"], flags, mmap.PROT_READ)
+            break
     memory.madvise(mmap.MADV_DONTDUMP)
     os.close(descriptor)
     arena = memoryview(memory)
@@ -1027,6 +1036,8 @@ def build_model(fields, state, device):
 
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     dtype = config.dtype or next(iter(state.values())).dtype
+    if any(t.is_floating_point() and t.itemsize < dtype.itemsize for t in state.values()):
+        raise ValueError("the tensors would not stay as they are stored")
     options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": {"": device}}
     options["generation_config"] = GenerationConfig()
     options |= {"local_files_only": True, "output_loading_info": True}

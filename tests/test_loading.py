@@ -1,0 +1,230 @@
+"""Sealed weights in memory: how much of it loader and engine take, what is locked, what is refused.
+
+The processes are the real ones, each started as init starts it; what the gate says, the test says.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import shutil
+import socket
+import tempfile
+import unittest
+import warnings
+
+import torch
+import transformers
+
+import muenclave
+import muprotocol as mp
+from tests import support
+
+CHUNKS = 4 << 20  # bytes: what two workers hold at a time, sealed and plain
+# Layers of the two models, alike otherwise, whose difference in memory is what the weights take.
+SMALL, LARGE = 1, 9
+SHAPE = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
+SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+NO_MORE_LOCKED = (4096, 4096)
+
+
+def setUpModule():
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def sealed_model(folder, layers, dtype=torch.float32):
+    """A sealed model of random weights beside the demo's tokenizer, as support.Sealed."""
+    source, plain = support.demo_model(), folder / f"plain-{layers}"
+    config = transformers.LlamaConfig.from_pretrained(source)
+    for name, value in (SHAPE | {"num_hidden_layers": layers}).items():
+        setattr(config, name, value)
+    config.dtype = dtype
+    torch.manual_seed(layers)
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(plain, max_shard_size="40MB")
+    for path in source.iterdir():
+        if not (plain / path.name).exists() and path.suffix != ".safetensors":
+            shutil.copy(path, plain)
+    model, key = folder / f"{layers}.mus", folder / f"{layers}.key"
+    support.seal(plain, model, "--key", key, "--asset", "test").check()
+    return support.Sealed(plain, model, key, pathlib.Path(f"{model}.vocab"))
+
+
+class Loader:
+    """The real loader of a sealed model, run to its end: `engine` is the socket with the arena.
+
+    peak: the most memory that it had, bytes.
+    """
+
+    def __init__(self, sealed):
+        header = muenclave.read_header(str(sealed.model))
+        key = support.owner.read_key_file(sealed.key, None)[1]
+        gate, for_gate = socket.socketpair()
+        self.engine, for_engine = socket.socketpair()
+        settings = os.environ | muenclave.DEFAULTS | {"MODEL_PATH": str(sealed.model)}
+        process = muenclave.spawn("loader", settings, for_gate, for_engine)
+        self.told = []
+        with gate:
+            gate.sendall(mp.frame(header) + mp.frame(key))
+            while (message := mp.read_frame(gate, mp.MESSAGE_LIMIT, support.SECONDS))[:1] == b"p":
+                self.told.append(message[1])
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        self.peak = usage.ru_maxrss << 10
+
+
+@contextlib.contextmanager
+def engine_of(sealed):
+    """The real engine process, ready with the model, and the pipe to it."""
+    loader = Loader(sealed)
+    gate, for_gate = socket.socketpair()
+    settings = os.environ | muenclave.DEFAULTS | {"ENCLAVE_THREADS": "1"}
+    settings |= {"ENCLAVE_SLOTS": "1", "ENCLAVE_CONTEXT": "16"}  # a cache of next to nothing
+    process = muenclave.spawn("engine", settings, for_gate, loader.engine)
+    try:
+        with gate:
+            gate.settimeout(support.SECONDS)
+            gate.sendall(mp.frame(b"llama"))
+            kind, _, _ = mp.PIPE.unpack(mp.read_exactly(gate, mp.PIPE.size))
+            assert kind == mp.LOADED
+            yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def memory(process, name):
+    """A field of /proc/PID/status, bytes."""
+    lines = pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def span(view):
+    """The addresses of a memory, a range."""
+    flat = torch.frombuffer(view, dtype=torch.uint8)
+    return range(flat.data_ptr(), flat.data_ptr() + len(flat))
+
+
+def build(files):
+    """(model, facts) of files in the arena."""
+    fields, facts = (json.loads(bytes(files[name])) for name in ("config.json", "model.json"))
+    model = muenclave.build_model(fields, muenclave.read_state(files, facts["tensors"]), "cpu")
+    return model, facts
+
+
+class Sizes(unittest.TestCase):
+    """The weights are in memory once."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.sealed = {layers: sealed_model(folder, layers) for layers in (SMALL, LARGE)}
+        sizes = {n: sealed.model.stat().st_size for n, sealed in cls.sealed.items()}
+        cls.more = sizes[LARGE] - sizes[SMALL]
+        assert cls.more > 10 * CHUNKS
+
+    def test_the_loader_holds_a_chunk_a_worker(self):
+        peaks = {}
+        for layers, sealed in self.sealed.items():
+            loader = Loader(sealed)
+            loader.engine.close()
+            peaks[layers] = loader.peak
+            self.assertLessEqual(len(loader.told), 10 + os.cpu_count())
+            self.assertEqual(loader.told, sorted(loader.told))
+        self.assertLess(peaks[LARGE] - peaks[SMALL], CHUNKS)
+
+    def test_the_engine_holds_the_weights_once_and_locked(self):
+        peaks = {}
+        for layers, sealed in self.sealed.items():
+            with engine_of(sealed) as process:
+                peaks[layers] = memory(process, "VmHWM")
+                locked, size = memory(process, "VmLck"), sealed.model.stat().st_size
+                limits = pathlib.Path(f"/proc/{process.pid}/limits").read_text()
+            words = next(line for line in limits.splitlines() if "Max locked memory" in line)
+            limit = words.split()[3]
+            if limit == "unlimited" or int(limit) >= size:
+                self.assertGreater(locked, 0.99 * size)
+            else:
+                self.assertEqual(locked, 0)
+        self.assertLess(peaks[LARGE] - peaks[SMALL], 1.1 * self.more)
+        self.assertGreater(peaks[LARGE] - peaks[SMALL], 0.9 * self.more)  # so it is all looked at
+
+    if not hasattr(unittest.TestCase, "enterClassContext"):  # before Python 3.11
+
+        @classmethod
+        def enterClassContext(cls, manager):
+            value = manager.__enter__()
+            cls.addClassCleanup(manager.__exit__, None, None, None)
+            return value
+
+
+class Views(unittest.TestCase):
+    """The model's tensors are views into the arena, whatever their dtype, in shards or not."""
+
+    def arena(self, sealed):
+        with Loader(sealed).engine as engine:
+            files = muenclave.map_arena(engine)
+        return files, span(next(iter(files.values())).obj)
+
+    def check(self, dtype, shards):
+        files, arena = self.arena(support.sealed_demo(dtype, shards))
+        model, facts = build(files)
+        stored = {entry[0] for entry in facts["tensors"]}
+        parameters = dict(model.named_parameters())
+        self.assertEqual(parameters.keys(), stored)
+        for name, tensor in parameters.items():
+            self.assertEqual(tensor.dtype, getattr(torch, dtype), name)
+            self.assertIn(tensor.data_ptr(), arena, name)
+        return files
+
+    def test_bfloat16(self):
+        self.check("bfloat16", 1)
+
+    def test_float16_in_shards(self):
+        self.check("float16", 3)
+
+    def test_float32_in_shards(self):
+        self.check("float32", 3)
+
+    def test_nothing_can_be_written(self):
+        files = self.check("bfloat16", 3)
+        self.assertTrue(all(view.readonly for view in files.values()))
+
+    def test_a_limit_of_locked_memory(self):
+        """A process that may not lock the arena maps it all the same."""
+        with Loader(support.sealed_demo()).engine as engine:
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    resource.setrlimit(resource.RLIMIT_MEMLOCK, NO_MORE_LOCKED)
+                    muenclave.set_capabilities(())
+                    files = muenclave.map_arena(engine)
+                    os._exit(0 if json.loads(bytes(files["config.json"])) else 2)
+                os._exit(1)
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+
+class Stored(unittest.TestCase):
+    """Tensors that would have to grow are refused."""
+
+    def test_quantised(self):
+        source = transformers.AutoModelForCausalLM.from_pretrained(support.demo_model())
+        fields, state = source.config.to_dict(), source.state_dict()
+        muenclave.build_model(fields, state, "cpu")
+        name = "model.layers.0.mlp.up_proj.weight"
+        scale = {f"{name}_scale_inv": torch.ones(4, 2)}
+        method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        quantised = {name: state[name].to(torch.float8_e4m3fn)}
+        for more, tensors in (
+            ({}, quantised),
+            ({"quantization_config": method}, quantised | scale),
+        ):
+            with self.assertRaisesRegex(ValueError, "as they are stored"):
+                muenclave.build_model(fields | more, state | tensors, "cpu")
+
+
+if __name__ == "__main__":
+    unittest.main()
