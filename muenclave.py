@@ -49,7 +49,8 @@ SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpm0  ENCLAVE_MEASUREMENT=
 ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8
-ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu  ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp
+ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu  ENCLAVE_RANKS=1  ENCLAVE_THREADS=0
+ENCLAVE_CONFINEMENT=seccomp
 """
 DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
 
@@ -70,7 +71,8 @@ UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
 # == value. clone makes threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN).
 # ioctl makes a socket non-blocking (FIONBIO), setsockopt sets SO_SNDTIMEO; fcntl seals and
 # duplicates (1030, F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and
-# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be.
+# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be. Ranks
+# talk by writev and epoll_wait, on connections that they had before.
 SYSCALLS = """
 read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
 rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
@@ -81,7 +83,7 @@ ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, gets
 preadv2 327 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
-fcntl 72 e 1 0xFFFFFFFF 1030
+fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -225,15 +227,20 @@ def spawn(role, settings, *sockets):
 
 
 def start_helpers(control, settings):
-    """Start loader and engine, joined by a pipe; give the gate its pipes to both."""
-    (gate_loader, loader_gate), (gate_engine, engine_gate), (loader_engine, engine_loader) = (
-        socket.socketpair() for _ in range(3)
-    )
-    loader = spawn("loader", settings, loader_gate, loader_engine)
-    engine = spawn("engine", settings, engine_gate, engine_loader)
+    """Start loader and engine, a process for each rank, joined by pipes; give the gate its own.
+
+    The first rank's pipe is the gate's; those of the others come from the first.
+    """
+    pairs = [socket.socketpair() for _ in range(1 + 2 * int(settings["ENCLAVE_RANKS"]))]
+    (gate_loader, loader_gate), arenas, pipes = pairs[0], pairs[1::2], pairs[2::2]
+    helpers = [spawn("loader", settings, loader_gate, *(sender for sender, _ in arenas))]
+    gate_engine, *peers = (ours for ours, _ in pipes)
+    for rank, ((_, pipe), (_, arena)) in enumerate(zip(pipes, arenas)):
+        known = settings | {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+        helpers.append(spawn("engine", known, pipe, arena, *(peers if rank == 0 else ())))
     with gate_loader, gate_engine:
         socket.send_fds(control, [b"s"], [gate_loader.fileno(), gate_engine.fileno()])
-    return [loader, engine]
+    return helpers
 
 
 def end(children, seconds=0):
@@ -884,8 +891,8 @@ def welcome(gate, listener):
 # ==== loader
 
 
-def loader_main(settings, gate, engine):
-    """Decrypt the sealed model into an arena that nobody can write, and hand it to the engine.
+def loader_main(settings, gate, *engines):
+    """Decrypt the sealed model into an arena that nobody can write, and hand it to the engines.
 
     The key arrives only after confinement. Every chunk is verified before the engine gets any.
     """
@@ -907,8 +914,9 @@ def loader_main(settings, gate, engine):
     fcntl.fcntl(arena, fcntl.F_ADD_SEALS, seals)
     gate.sendall(mp.frame(b"v" + vocabulary))
     table = mp.encode_json({"length": container.length, "files": container.files})
-    socket.send_fds(engine, [len(table).to_bytes(4, "big")], [arena])
-    engine.sendall(table)
+    for engine in engines:
+        socket.send_fds(engine, [len(table).to_bytes(4, "big")], [arena])
+        engine.sendall(table)
     return 0
 
 
@@ -962,8 +970,8 @@ SPARED = 8  # an eighth of free memory is not for the cache
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 # Of a config: within these, all is attended to by its position.
 WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
-WARM_CONFIG = """{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size":
-    256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+WARM_CONFIG = """{"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size":
+    256, "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 64,
     "pad_token_id": 0}"""
 WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
     "masks": {}, "names": {}, "pattern": "c", "ids": [], "special": [], "prefix": [], "variables":
@@ -971,12 +979,48 @@ WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b":
 {% for m in messages %}{{ f(m['content'] | trim | tojson) }}{% endfor %}"}"""
 
 
-def engine_main(settings, gate, loader):
+class Pipe:
+    """The gate's messages, which all ranks take before the same step; only the first answers.
+
+    gate: its socket, or the first rank's in another; peers: in the first, to the others.
+    """
+
+    def __init__(self, gate, peers, rank):
+        self.gate, self.peers, self.rank, self.poll = gate, peers, rank, select.poll()
+        for connection in (gate, *peers):
+            self.poll.register(connection, select.POLLIN)
+
+    def read(self, waits):
+        """A list of what has come, if it waits of one at least. EOFError when a process is gone."""
+        hear = functools.partial(mp.read_frame, self.gate, mp.MESSAGE_LIMIT)
+        if self.rank:
+            return list(map(json.loads, iter(hear, b"")))
+        frames = []
+        while ready := dict(self.poll.poll(None if waits and not frames else 0)):
+            if self.gate.fileno() not in ready:  # the other ranks say nothing
+                raise EOFError("a rank has ended")
+            frames.append(hear())
+        for peer in self.peers:
+            peer.sendall(b"".join(map(mp.frame, [*frames, b""])))
+        return list(map(json.loads, frames))
+
+    def sendall(self, data):
+        """Tell the gate, once for all ranks."""
+        if self.rank == 0:
+            self.gate.sendall(data)
+
+
+def engine_main(settings, gate, loader, *peers):
     """Import, warm up, confine; only then take the arena; build the model, serve until killed."""
     level, device = settings["ENCLAVE_CONFINEMENT"], settings["ENCLAVE_DEVICE"]
+    rank, ranks = int(settings.get("LOCAL_RANK", 0)), int(settings["ENCLAVE_RANKS"])
     drop_privileges("engine", level)
+    gate = Pipe(gate, peers, rank)
     try:
-        warm_up(mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode(), settings)
+        model_type = mp.read_frame(gate.gate, mp.HANDSHAKE_FRAME)
+        if ranks > 1:
+            device = form_group(gate, ranks, device, model_type)
+        warm_up(model_type.decode(), settings, device)
         confine("engine")
         with loader:
             files = map_arena(loader)
@@ -992,6 +1036,32 @@ def engine_main(settings, gate, loader):
         return 1
     gate.sendall(mp.PIPE.pack(mp.LOADED, 0, decoder.context))
     decoder.serve()
+
+
+def form_group(gate, ranks, device, model_type):
+    """Connect all ranks, which can't be done later. Returns a DistributedConfig.
+
+    The first tells the others the model's type and the port where they meet. transformers would
+    connect the ranks anew for every model: it gets one mesh for all.
+    """
+    from torch import distributed
+    from transformers.distributed import DistributedConfig, mixin
+
+    if gate.rank == 0:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        for peer in gate.peers:
+            peer.sendall(mp.frame(model_type) + mp.frame(port.to_bytes(2, "big")))
+        more = {"is_master": True, "master_listen_fd": listener.detach()}
+    else:
+        port, more = int.from_bytes(mp.read_frame(gate.gate, 2), "big"), {}
+    store = distributed.TCPStore("127.0.0.1", port, ranks, **more)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    distributed.init_process_group(backend, store=store, rank=gate.rank, world_size=ranks)
+    config = DistributedConfig(tp_size=ranks)
+    mesh = mixin.initialize_distributed_mesh(config)
+    mixin.initialize_distributed_mesh = lambda _: mesh
+    return config
 
 
 def map_arena(loader):
@@ -1030,7 +1100,7 @@ def read_state(files, tensors):
 def build_model(fields, state, device):
     """transformers' own class for the config, filled from memory; no path, no remote code.
 
-    fields: config.json. state: {name: tensor}.
+    fields: config.json. state: {name: tensor}. device: a name, or a DistributedConfig.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
@@ -1038,7 +1108,9 @@ def build_model(fields, state, device):
     dtype = config.dtype or next(iter(state.values())).dtype
     if any(t.is_floating_point() and t.itemsize < dtype.itemsize for t in state.values()):
         raise ValueError("the tensors would not stay as they are stored")
-    options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": {"": device}}
+    options = {"config": config, "state_dict": state, "dtype": dtype}
+    options |= {"device_map": {"": device}} if isinstance(device, str) else {}
+    options |= {} if isinstance(device, str) else {"distributed_config": device}
     options["generation_config"] = GenerationConfig()
     options |= {"local_files_only": True, "output_loading_info": True}
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
@@ -1047,7 +1119,7 @@ def build_model(fields, state, device):
     return model.eval()
 
 
-def warm_up(model_type, settings):
+def warm_up(model_type, settings, device):
     """Import and run what the real model will use, on a tiny one: later nothing can be opened."""
     import jinja2.debug  # noqa: F401  for a template that is wrong
     import torch
@@ -1056,7 +1128,7 @@ def warm_up(model_type, settings):
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    model = build_model(config.to_dict(), tiny.state_dict(), settings["ENCLAVE_DEVICE"])
+    model = build_model(config.to_dict(), tiny.state_dict(), device)
     facts = {"context": None, "ends": [], "sampling": mp.NEUTRAL | {"temperature": 1}}
     decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
@@ -1201,8 +1273,8 @@ class Decoder:
     def serve(self):
         """Take messages and make tokens; EOFError or OSError end it when the gate is gone."""
         while True:
-            while is_readable(self.gate, 0 if self.streams or self.out else None):
-                self.take(json.loads(mp.read_frame(self.gate, mp.MESSAGE_LIMIT)))
+            for message in self.gate.read(not (self.streams or self.out)):
+                self.take(message)
             self.step()
             self.gate.sendall(self.out)
             self.out.clear()

@@ -27,6 +27,7 @@ import muproxy  # noqa: E402
 LEVELS = ("full", "seccomp")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
 LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
+LEAST["ENCLAVE_RANKS"] = 1
 # What else of the environment the enclave gets: whatever it inherits, its engine can read.
 KEPT = ("PATH", "PYTHONPATH", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
