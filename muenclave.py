@@ -227,20 +227,14 @@ def spawn(role, settings, *sockets):
 
 
 def start_helpers(control, settings):
-    """Start loader and engine, a process for each rank, joined by pipes; give the gate its own.
-
-    The first rank's pipe is the gate's; those of the others come from the first.
-    """
-    pairs = [socket.socketpair() for _ in range(1 + 2 * int(settings["ENCLAVE_RANKS"]))]
-    (gate_loader, loader_gate), arenas, pipes = pairs[0], pairs[1::2], pairs[2::2]
-    helpers = [spawn("loader", settings, loader_gate, *(sender for sender, _ in arenas))]
-    gate_engine, *peers = (ours for ours, _ in pipes)
-    for rank, ((_, pipe), (_, arena)) in enumerate(zip(pipes, arenas)):
-        known = settings | {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
-        helpers.append(spawn("engine", known, pipe, arena, *(peers if rank == 0 else ())))
+    """Start loader and engine, joined by a pipe; give the gate its pipes to both."""
+    (gate_loader, loader_gate), (gate_engine, engine_gate) = (socket.socketpair() for _ in range(2))
+    loader_engine, engine_loader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    loader = spawn("loader", settings, loader_gate, loader_engine)
+    engine = spawn("engine", settings, engine_gate, engine_loader)
     with gate_loader, gate_engine:
         socket.send_fds(control, [b"s"], [gate_loader.fileno(), gate_engine.fileno()])
-    return helpers
+    return [loader, engine]
 
 
 def end(children, seconds=0):
@@ -891,8 +885,8 @@ def welcome(gate, listener):
 # ==== loader
 
 
-def loader_main(settings, gate, *engines):
-    """Decrypt the sealed model into an arena that nobody can write, and hand it to the engines.
+def loader_main(settings, gate, engine):
+    """Decrypt the sealed model into an arena that nobody can write, and hand it to the engine.
 
     The key arrives only after confinement. Every chunk is verified before the engine gets any.
     """
@@ -914,9 +908,8 @@ def loader_main(settings, gate, *engines):
     fcntl.fcntl(arena, fcntl.F_ADD_SEALS, seals)
     gate.sendall(mp.frame(b"v" + vocabulary))
     table = mp.encode_json({"length": container.length, "files": container.files})
-    for engine in engines:
-        socket.send_fds(engine, [len(table).to_bytes(4, "big")], [arena])
-        engine.sendall(table)
+    for _ in range(int(settings["ENCLAVE_RANKS"])):
+        socket.send_fds(engine, [table], [arena])
     return 0
 
 
@@ -964,6 +957,7 @@ def unseal_chunk(disk, container, cipher, index, sealed, plain, arena):
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
 MAP_LOCKED = 0x2000
+IDLE = 60  # seconds after which the other ranks are told that there is nothing
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
 MANY = 64  # tokens
 SPARED = 8  # an eighth of free memory is not for the cache
@@ -979,48 +973,22 @@ WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b":
 {% for m in messages %}{{ f(m['content'] | trim | tojson) }}{% endfor %}"}"""
 
 
-class Pipe:
-    """The gate's messages, which all ranks take before the same step; only the first answers.
+def engine_main(settings, gate, loader):
+    """Import, warm up, confine; only then take the arena; build the model, serve until killed.
 
-    gate: its socket, or the first rank's in another; peers: in the first, to the others.
+    All of its ranks do, each a process, of which only the first has the gate's pipe.
     """
-
-    def __init__(self, gate, peers, rank):
-        self.gate, self.peers, self.rank, self.poll = gate, peers, rank, select.poll()
-        for connection in (gate, *peers):
-            self.poll.register(connection, select.POLLIN)
-
-    def read(self, waits):
-        """A list of what has come, if it waits of one at least. EOFError when a process is gone."""
-        hear = functools.partial(mp.read_frame, self.gate, mp.MESSAGE_LIMIT)
-        if self.rank:
-            return list(map(json.loads, iter(hear, b"")))
-        frames = []
-        while ready := dict(self.poll.poll(None if waits and not frames else 0)):
-            if self.gate.fileno() not in ready:  # the other ranks say nothing
-                raise EOFError("a rank has ended")
-            frames.append(hear())
-        for peer in self.peers:
-            peer.sendall(b"".join(map(mp.frame, [*frames, b""])))
-        return list(map(json.loads, frames))
-
-    def sendall(self, data):
-        """Tell the gate, once for all ranks."""
-        if self.rank == 0:
-            self.gate.sendall(data)
-
-
-def engine_main(settings, gate, loader, *peers):
-    """Import, warm up, confine; only then take the arena; build the model, serve until killed."""
-    level, device = settings["ENCLAVE_CONFINEMENT"], settings["ENCLAVE_DEVICE"]
-    rank, ranks = int(settings.get("LOCAL_RANK", 0)), int(settings["ENCLAVE_RANKS"])
-    drop_privileges("engine", level)
-    gate = Pipe(gate, peers, rank)
+    device, ranks = settings["ENCLAVE_DEVICE"], int(settings["ENCLAVE_RANKS"])
     try:
-        model_type = mp.read_frame(gate.gate, mp.HANDSHAKE_FRAME)
+        model_type = mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode()
         if ranks > 1:
-            device = form_group(gate, ranks, device, model_type)
-        warm_up(model_type.decode(), settings, device)
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = str(server.getsockname()[1])  # one that is free
+        rank = next((number for number in range(1, ranks) if os.fork() == 0), 0)
+        drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
+        if ranks > 1:
+            gate, device = gate if rank == 0 else None, form_group(rank, ranks, port)
+        warm_up(model_type, settings, device)
         confine("engine")
         with loader:
             files = map_arena(loader)
@@ -1032,44 +1000,49 @@ def engine_main(settings, gate, loader, *peers):
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
         kinds = {ImportError: "no_engine", OSError: "no_engine", MemoryError: "out_of_memory"}
         code = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "model_invalid")
-        gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
+        if gate:
+            gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
         return 1
-    gate.sendall(mp.PIPE.pack(mp.LOADED, 0, decoder.context))
+    decoder.out += mp.PIPE.pack(mp.LOADED, 0, decoder.context)
     decoder.serve()
 
 
-def form_group(gate, ranks, device, model_type):
+def form_group(rank, ranks, port):
     """Connect all ranks, which can't be done later. Returns a DistributedConfig.
 
-    The first tells the others the model's type and the port where they meet. transformers would
-    connect the ranks anew for every model: it gets one mesh for all.
+    transformers would connect them anew for every model: it gets one mesh for all.
     """
-    from torch import distributed
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     from transformers.distributed import DistributedConfig, mixin
 
-    if gate.rank == 0:
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        for peer in gate.peers:
-            peer.sendall(mp.frame(model_type) + mp.frame(port.to_bytes(2, "big")))
-        more = {"is_master": True, "master_listen_fd": listener.detach()}
-    else:
-        port, more = int.from_bytes(mp.read_frame(gate.gate, 2), "big"), {}
-    store = distributed.TCPStore("127.0.0.1", port, ranks, **more)
-    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
-    distributed.init_process_group(backend, store=store, rank=gate.rank, world_size=ranks)
     config = DistributedConfig(tp_size=ranks)
     mesh = mixin.initialize_distributed_mesh(config)
     mixin.initialize_distributed_mesh = lambda _: mesh
     return config
 
 
+def share(heard, device):
+    """The lines that the first rank has heard, in all ranks, so that they take the same steps."""
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        size = torch.tensor(len(heard), device=device)
+        distributed.broadcast(size, 0)
+        data = bytearray(heard.ljust(int(size) + 1))  # never empty
+        data = torch.frombuffer(data, dtype=torch.uint8).to(device)
+        distributed.broadcast(data, 0)
+        heard = bytes(data.tolist())
+    return heard.split(b"\n")[:-1]
+
+
 def map_arena(loader):
     """Receive the sealed arena; map it to be read, locked where so much may be, so that it never
     goes to swap. Returns {file name: memoryview}.
     """
-    size, (descriptor,), _, _ = socket.recv_fds(loader, 4, 1)
-    table = json.loads(mp.read_exactly(loader, int.from_bytes(size, "big")))
+    table, (descriptor,), _, _ = socket.recv_fds(loader, mp.HEADER_LIMIT, 1)
+    table = json.loads(table)
     for flags in (MAP_LOCKED, 0):
         with contextlib.suppress(OSError):  # a limit of locked memory
             flags |= mmap.MAP_PRIVATE | mmap.MAP_POPULATE
@@ -1273,11 +1246,15 @@ class Decoder:
     def serve(self):
         """Take messages and make tokens; EOFError or OSError end it when the gate is gone."""
         while True:
-            for message in self.gate.read(not (self.streams or self.out)):
-                self.take(message)
-            self.step()
-            self.gate.sendall(self.out)
+            if self.gate:
+                self.gate.sendall(self.out)
             self.out.clear()
+            heard = b""
+            while self.gate and is_readable(self.gate, 0 if self.streams or heard else IDLE):
+                heard += mp.read_frame(self.gate, mp.MESSAGE_LIMIT) + b"\n"
+            for line in share(heard, self.model.device):
+                self.take(json.loads(line))
+            self.step()
 
     def take(self, message):
         """A request or a cancel from the gate."""

@@ -119,7 +119,7 @@ def loaded(sealed):
     header = muenclave.read_header(str(sealed.model))
     key = support.owner.read_key_file(sealed.key, None)[1]
     gate, for_gate = socket.socketpair()
-    engine, for_engine = socket.socketpair()
+    engine, for_engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     settings = os.environ | SETTINGS | {"MODEL_PATH": str(sealed.model)}
     process = muenclave.spawn("loader", settings, for_gate, for_engine)
     with gate, engine:
@@ -1360,14 +1360,12 @@ class Engine:
     def __init__(self, model_type, files, **settings):
         environment = os.environ | SETTINGS | {"ENCLAVE_CONFINEMENT": "seccomp"} | settings
         self.gate, for_gate = socket.socketpair()
-        loader, for_loader = socket.socketpair()
+        loader, for_loader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.gate.settimeout(support.SECONDS)
         self.process = muenclave.spawn("engine", environment, for_gate, for_loader)
         arena, table = arena_of(files)
         self.gate.sendall(mp.frame(model_type.encode()))
-        data = mp.encode_json(table)
-        socket.send_fds(loader, [len(data).to_bytes(4, "big")], [arena])
-        loader.sendall(data)
+        socket.send_fds(loader, [mp.encode_json(table)], [arena])
         loader.close()
         os.close(arena)
         self.first = self.hear()

@@ -62,7 +62,7 @@ class Loader:
         header = muenclave.read_header(str(sealed.model))
         key = support.owner.read_key_file(sealed.key, None)[1]
         gate, for_gate = socket.socketpair()
-        self.engine, for_engine = socket.socketpair()
+        self.engine, for_engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = os.environ | muenclave.DEFAULTS | {"MODEL_PATH": str(sealed.model)}
         process = muenclave.spawn("loader", settings, for_gate, for_engine)
         self.told = []

@@ -44,16 +44,15 @@ class Recorder(mp.Vocabulary):
 
 
 def engines(enclave):
-    """The process ids of an enclave's engine, its first rank first."""
-    found = []
+    """The process ids of an enclave's engine, its first rank first, which starts the others."""
+    parents = {}
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-            is_ours = int(parent) == enclave.process.pid
-            if is_ours and b"--engine" in (process / "cmdline").read_bytes().split(b"\0"):
-                rank = re.search(rb"\0LOCAL_RANK=(\d+)\0", (process / "environ").read_bytes())
-                found.append((int(rank[1]), int(process.name)))
-    return [pid for _, pid in sorted(found)]
+            if b"--engine" in (process / "cmdline").read_bytes().split(b"\0"):
+                words = (process / "stat").read_text().rpartition(")")[2].split()
+                parents[int(process.name)] = int(words[1])
+    (first,) = [pid for pid, parent in parents.items() if parent == enclave.process.pid]
+    return [first, *sorted(pid for pid, parent in parents.items() if parent == first)]
 
 
 def ask(enclave, request):
