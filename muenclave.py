@@ -48,9 +48,8 @@ MANIFEST_FILE = "/etc/muenclave.manifest"  # of the image: its SHA-256 is what a
 SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpm0  ENCLAVE_MEASUREMENT=
-ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8
-ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu  ENCLAVE_RANKS=1  ENCLAVE_THREADS=0
-ENCLAVE_CONFINEMENT=seccomp
+ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8  ENCLAVE_RANKS=1
+ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu  ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp
 """
 DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
 
@@ -80,7 +79,7 @@ madvise 28 gle, getpid 39 gle, recvfrom 45 gle, exit 60 gle, gettid 186 gle, fut
 sched_getaffinity 204 gle, restart_syscall 219 gle, clock_gettime 228 gle, clock_nanosleep 230 gle,
 exit_group 231 gle, set_robust_list 273 gle, getrandom 318 gle, rseq 334 gle, poll 7 ge,
 ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, getsockname 51 g,
-preadv2 327 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
+pread64 17 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
 fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e
@@ -901,7 +900,7 @@ def loader_main(settings, gate, engine):
     cipher = mp.aead(container.chunk_key(mp.read_frame(gate, 32)))
     try:
         vocabulary = unseal(disk, container, cipher, arena, gate)
-    except (InvalidTag, EOFError, KeyError):
+    except (InvalidTag, KeyError):
         gate.sendall(mp.frame(b"c"))
         return 1
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -916,47 +915,30 @@ def loader_main(settings, gate, engine):
 def unseal(disk, container, cipher, arena, gate):
     """Fill the arena, all chunks in parallel; return the vocabulary table in it.
 
-    Raises InvalidTag for a chunk that fails authentication, EOFError for one that is missing.
+    The kernel need not clear new pages that are written, as it would if they were mapped.
+    Raises InvalidTag for a chunk that fails authentication, as one that is cut off does.
     """
     workers = min(len(os.sched_getaffinity(0)), container.chunks)
 
     def work(first):
-        sealed = memoryview(bytearray(container.chunk_size + mp.TAG))
-        plain = memoryview(bytearray(container.chunk_size))
         for index in range(first, container.chunks, workers):
-            unseal_chunk(disk, container, cipher, index, sealed, plain, arena)
+            offset, start, size, nonce = container.chunk(index)
+            sealed = os.pread(disk, size + mp.TAG, offset)  # once: the host can change a disk
+            if os.pwrite(arena, cipher.decrypt(nonce, sealed, None), start) != size:
+                raise MemoryError("no room for the arena")
             if first == 0 and index * 10 % container.chunks < 10 * workers:  # a tenth more
                 gate.sendall(mp.frame(b"p" + bytes([index * 10 // container.chunks])))
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))
     start, size = container.files[mp.VOCABULARY_FILE]
-    vocabulary = bytearray(size)
-    os.preadv(arena, [vocabulary], start)
-    return vocabulary
-
-
-def unseal_chunk(disk, container, cipher, index, sealed, plain, arena):
-    """Read a chunk into private memory (the host can change a disk under us), decrypt it there,
-    and write it: the kernel need not clear new pages, nor map them, as it would under a mapping.
-    """
-    offset, start, size, nonce = container.chunk(index)
-    sealed, plain = sealed[: size + mp.TAG], plain[:size]
-    if os.preadv(disk, [sealed], offset) != len(sealed):
-        raise EOFError("the sealed model is truncated")
-    if hasattr(cipher, "decrypt_into"):  # cryptography >= 47
-        cipher.decrypt_into(nonce, sealed, None, plain)
-    else:
-        plain = cipher.decrypt(nonce, sealed, None)
-    if os.pwrite(arena, plain, start) != size:
-        raise MemoryError
+    return os.pread(arena, size, start)
 
 
 # ==== engine
 # Nothing below is trusted with anything but answers. It has the arena and its pipe to the gate.
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
-MAP_LOCKED = 0x2000
 IDLE = 60  # seconds after which the other ranks are told that there is nothing
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
 MANY = 64  # tokens
@@ -1043,11 +1025,11 @@ def map_arena(loader):
     """
     table, (descriptor,), _, _ = socket.recv_fds(loader, mp.HEADER_LIMIT, 1)
     table = json.loads(table)
-    for flags in (MAP_LOCKED, 0):
-        with contextlib.suppress(OSError):  # a limit of locked memory
-            flags |= mmap.MAP_PRIVATE | mmap.MAP_POPULATE
-            memory = mmap.mmap(descriptor, table["length"], flags, mmap.PROT_READ)
-            break
+    flags, length = mmap.MAP_PRIVATE | mmap.MAP_POPULATE, table["length"]
+    try:
+        memory = mmap.mmap(descriptor, length, flags | 0x2000, mmap.PROT_READ)  # MAP_LOCKED
+    except OSError:  # more than this process may lock
+        memory = mmap.mmap(descriptor, length, flags, mmap.PROT_READ)
     memory.madvise(mmap.MADV_DONTDUMP)
     os.close(descriptor)
     arena = memoryview(memory)
@@ -1073,7 +1055,8 @@ def read_state(files, tensors):
 def build_model(fields, state, device):
     """transformers' own class for the config, filled from memory; no path, no remote code.
 
-    fields: config.json. state: {name: tensor}. device: a name, or a DistributedConfig.
+    fields: config.json. state: {name: tensor}. device: a name, "auto" (all GPUs, split by layers),
+    or a DistributedConfig.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
@@ -1081,15 +1064,32 @@ def build_model(fields, state, device):
     dtype = config.dtype or next(iter(state.values())).dtype
     if any(t.is_floating_point() and t.itemsize < dtype.itemsize for t in state.values()):
         raise ValueError("the tensors would not stay as they are stored")
-    options = {"config": config, "state_dict": state, "dtype": dtype}
-    options |= {"device_map": {"": device}} if isinstance(device, str) else {}
-    options |= {} if isinstance(device, str) else {"distributed_config": device}
-    options["generation_config"] = GenerationConfig()
-    options |= {"local_files_only": True, "output_loading_info": True}
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    device = split(model_class, config, dtype) if device == "auto" else device
+    place = "device_map" if isinstance(device, (str, dict)) else "distributed_config"
+    options = {"config": config, "state_dict": state, "dtype": dtype, place: device}
+    options |= {"output_loading_info": True, "generation_config": GenerationConfig()}
+    model, info = model_class.from_pretrained(None, **options)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError("the tensors are not this config's")
     return model.eval()
+
+
+def split(model_class, config, dtype, room=None):
+    """Where each layer goes, {module: GPU}. MemoryError where transformers would take a disk.
+
+    room: {GPU: bytes for weights}, by default most of what is free; the rest is the cache's.
+    """
+    import accelerate
+    from torch import cuda, device
+
+    room = room or {n: cuda.mem_get_info(n)[0] * 4 // 5 for n in range(cuda.device_count())}
+    with device("meta"):
+        model = model_class(config)
+    found = accelerate.infer_auto_device_map(model, room, model._no_split_modules, dtype=dtype)
+    if not {*found.values()} <= room.keys():
+        raise MemoryError("the model does not fit into the devices")
+    return found
 
 
 def warm_up(model_type, settings, device):

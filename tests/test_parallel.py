@@ -1,6 +1,7 @@
 """A model over several processes: whole enclaves whose engine has two ranks, confined."""
 
 import contextlib
+import logging
 import os
 import pathlib
 import re
@@ -9,10 +10,12 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 
 import torch
 import transformers
 
+import muenclave
 import muprotocol as mp
 import muproxy
 from tests import support
@@ -30,6 +33,8 @@ REQUESTS = (
 def setUpModule():
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    logging.getLogger("accelerate").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="Current model requires")
 
 
 class Recorder(mp.Vocabulary):
@@ -165,6 +170,58 @@ class Ranks(unittest.TestCase):
             self.assertEqual(caught.exception.code, "engine_lost")
         self.enclave.wait_for("ready", said)
         self.assertEqual(ask(self.enclave, REQUESTS[0]), self.wanted[0])
+
+
+class Layers(unittest.TestCase):
+    """A model that is split by its layers over devices that are made up; nothing is computed."""
+
+    SIZES = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "vocab_size": 512,
+    }
+
+    def setUp(self):
+        self.config = transformers.LlamaConfig(**self.SIZES, tie_word_embeddings=True)
+
+    def split(self, room, dtype=torch.bfloat16):
+        return muenclave.split(transformers.LlamaForCausalLM, self.config, dtype, room)
+
+    def test_layers_are_whole(self):
+        found = self.split({0: 6 << 20, 1: 12 << 20})
+        self.assertEqual({*found.values()}, {0, 1})
+        layers = {name: place for name, place in found.items() if "layers" in name}
+        self.assertEqual(len(layers), 8)  # not a part of one is apart from it
+        self.assertTrue(all(re.fullmatch(r"model\.layers\.\d+", name) for name in layers))
+        self.assertEqual(found["model.embed_tokens"], found["lm_head"])  # one tensor
+
+    def test_as_many_as_it_takes(self):
+        self.assertEqual({*self.split({0: 1 << 30, 1: 1 << 30}).values()}, {0})
+        self.assertEqual({*self.split({0: 12 << 20, 1: 1 << 30}).values()}, {0})
+        self.assertEqual({*self.split({0: 12 << 20, 1: 1 << 30}, torch.float32).values()}, {0, 1})
+
+    def test_no_disk(self):
+        for room in ({0: 3 << 20, 1: 3 << 20}, {0: 1}):
+            with self.assertRaises(MemoryError):
+                self.split(room)
+
+    @unittest.skipIf(torch.cuda.is_available(), "needs a machine without GPU")
+    def test_no_gpu(self):
+        with self.assertRaises(MemoryError):
+            self.split(None)
+        model = transformers.LlamaForCausalLM(self.config)
+        with self.assertRaises(MemoryError):
+            muenclave.build_model(self.config.to_dict(), model.state_dict(), "auto")
+
+    def test_a_map_of_modules(self):
+        """What split gives is what the model is built by: here all of it is one real device."""
+        model = transformers.LlamaForCausalLM(self.config).eval()
+        places = dict.fromkeys(self.split({0: 6 << 20, 1: 12 << 20}), "cpu")
+        built = muenclave.build_model(self.config.to_dict(), model.state_dict(), places)
+        ids = torch.arange(1, 9)[None]
+        with torch.inference_mode():
+            self.assertTrue(torch.equal(built(ids).logits, model(ids).logits))
 
 
 if __name__ == "__main__":
