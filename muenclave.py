@@ -941,8 +941,7 @@ def unseal(disk, container, cipher, arena, gate):
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
 IDLE = 60  # seconds after which the other ranks are told that there is nothing
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
-MANY = 64  # tokens
-SPARED = 8  # an eighth of free memory is not for the cache
+CACHE_SHARE = 7 / 8  # of the memory that is free: passes need some too
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 # Of a config: within these, all is attended to by its position.
 WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
@@ -1205,7 +1204,6 @@ class Decoder:
 
     def __init__(self, model, facts, prompter, settings, gate):
         self.model, self.prompter, self.gate = model, prompter, gate
-        quicken(model)
         self.ends, self.sampling = facts["ends"], facts["sampling"]
         limits = [getattr(model.config, name, None) for name in WINDOWS]
         limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"], self.measure_room()]
@@ -1218,10 +1216,16 @@ class Decoder:
         self.check()
 
     def measure_room(self):
-        """How many tokens the memory that is free now can hold. Raises MemoryError for none."""
+        """How many tokens fit into the memory that is free now. Raises MemoryError for none."""
+        import torch
+
         self.cache = SlotCache(1, 1)
         self.forward([0], [[1]], [0])
-        room = free_memory(self.model.device) // sum(s.nbytes for s in self.cache.stores())
+        memory_file().seek(0)
+        kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
+        is_gpu = self.model.device.type == "cuda"
+        free = torch.cuda.mem_get_info()[0] if is_gpu else int(kib) * 1024
+        room = int(free * CACHE_SHARE) // sum(store.nbytes for store in self.cache.stores())
         if not room:
             raise MemoryError
         return room
@@ -1386,38 +1390,6 @@ def first_prompts(streams):
     return streams
 
 
-def quicken(model):
-    """Have a processor without bfloat16 multiply many tokens as float32, three times as fast."""
-    import torch
-
-    if model.device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
-        for module in model.modules():
-            if type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16:
-                module.forward = functools.partial(multiply, module)
-
-
-def multiply(module, tokens):
-    """What torch.nn.Linear computes."""
-    import torch
-
-    weights, dtype = [module.weight, module.bias], tokens.dtype
-    if tokens.shape[:-1].numel() >= MANY:
-        tokens, *weights = (None if t is None else t.float() for t in (tokens, *weights))
-    return torch.nn.functional.linear(tokens, *weights).to(dtype)
-
-
-def free_memory(device):
-    """Bytes that the cache may take: what is free now, less a part for what passes need."""
-    import torch
-
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        memory_file().seek(0)
-        free = 1024 * int(re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1])
-    return free - free // SPARED
-
-
 @functools.cache
 def memory_file():
     """Opened by warm_up: once confined, nothing can be."""
@@ -1441,7 +1413,7 @@ def score(streams, logits):
     drawn = [n for n, stream in enumerate(streams) if stream.temperature >= COLDEST]
     if drawn:
         streams = [streams[n] for n in drawn]
-        scores = logits[drawn] / column([s.temperature for s in streams], logits)
+        scores = logits[drawn] / logits.new_tensor([[s.temperature] for s in streams])
         if any(stream.top_k or stream.top_p < 1 for stream in streams):
             scores = cut(streams, scores)
         logits[drawn] = scores + gumbel(streams, logits.shape[1], logits.device)
@@ -1453,18 +1425,13 @@ def cut(streams, scores):
     import torch
 
     count, none = scores.shape[1], -torch.inf
-    most = column([min(s.top_k or count, count) for s in streams], scores).long()
-    share = column([s.top_p if s.top_p < 1 else 2.0 for s in streams], scores)
+    most = scores.new_tensor([[min(s.top_k or count, count)] for s in streams]).long()
+    share = scores.new_tensor([[s.top_p if s.top_p < 1 else 2] for s in streams])
     ranked = scores.sort(descending=True).values
     ranked = ranked.masked_fill(torch.arange(count, device=scores.device) >= most, none)
     chances = ranked.softmax(-1)
     kept = (chances.cumsum(-1) - chances < share).sum(-1, keepdim=True)
     return scores.masked_fill(scores < ranked.gather(-1, kept.minimum(most) - 1), none)
-
-
-def column(values, like):
-    """(values, 1), floats on the device of a tensor."""
-    return like.new_tensor(values)[:, None]
 
 
 def gumbel(streams, size, device):
