@@ -48,7 +48,7 @@ MANIFEST_FILE = "/etc/muenclave.manifest"  # of the image: its SHA-256 is what a
 SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
 ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpm0  ENCLAVE_MEASUREMENT=
-ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8  ENCLAVE_RANKS=1
+ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8
 ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu  ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp
 """
 DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
@@ -70,8 +70,7 @@ UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
 # == value. clone makes threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN).
 # ioctl makes a socket non-blocking (FIONBIO), setsockopt sets SO_SNDTIMEO; fcntl seals and
 # duplicates (1030, F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and
-# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be. Ranks
-# talk by writev and epoll_wait, on connections that they had before.
+# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be.
 SYSCALLS = """
 read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
 rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
@@ -82,7 +81,7 @@ ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, gets
 pread64 17 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
-fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e
+fcntl 72 e 1 0xFFFFFFFF 1030
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -326,15 +325,6 @@ RESPAWNS = 8  # engine deaths in a lease
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
 
 
-def read_header(path):
-    """The unparsed header of the sealed model; of a file that ends within it, another model's.
-
-    Raises OSError, ProtocolError.
-    """
-    with open(path, "rb") as file:
-        return file.read(mp.header_length(file.read(mp.PREFIX)))
-
-
 class Psk:
     """Evidence for development: HMAC under a role's provisioning secret. Says who, not what."""
 
@@ -397,7 +387,7 @@ class Gate:
     def __init__(self, settings, control):
         self.settings, self.control = settings, control
         self.evidence = EVIDENCE[settings["ENCLAVE_EVIDENCE"]](settings)
-        self.header = read_header(settings["MODEL_PATH"])
+        self.header = mp.read_header(settings["MODEL_PATH"])
         self.digest = hashlib.sha256(self.header).hexdigest()
         self.limit = int(settings["ENCLAVE_SESSIONS"])
         self.facts = {"measurement": settings["ENCLAVE_MEASUREMENT"], "model": self.digest}
@@ -563,7 +553,7 @@ class Gate:
         else:
             raise ProtocolError("bad_message")
 
-    def open_reply(self, request):
+    def open_reply(self, request, user):
         """Give a request to the engine. Returns the reply that it fills: `ids` that have not left,
         the oldest of which must by `due` (ns), and `limit` that may still come. ProtocolError.
         """
@@ -585,7 +575,7 @@ class Gate:
                 reply.limit, reply.table = 2 * len(request["score"]["ids"]) + 2, mp.CODES
             self.replies[reply.slot] = reply
             self.open.append(reply)
-        self.to_engine(reply, request | {"slot": reply.slot})
+        self.to_engine(reply, request | {"slot": reply.slot, "user": hash(user)})
         return reply
 
     def chain(self, reply, ended):
@@ -780,7 +770,7 @@ class Session:
     def answer(self, request):
         """Step 5: a cell of ids a tick, then the final record, whose every field the gate fills."""
         gate, ticks, text, began = self.gate, 0, "", time.monotonic_ns()
-        reply = gate.open_reply(request)
+        reply = gate.open_reply(request, self.user)
         is_text = request.get("encoding") == "text"
         cutter = mp.TextCutter(gate.vocabulary, request.get("stop", ()) if is_text else ())
         try:
@@ -907,8 +897,7 @@ def loader_main(settings, gate, engine):
     fcntl.fcntl(arena, fcntl.F_ADD_SEALS, seals)
     gate.sendall(mp.frame(b"v" + vocabulary))
     table = mp.encode_json({"length": container.length, "files": container.files})
-    for _ in range(int(settings["ENCLAVE_RANKS"])):
-        socket.send_fds(engine, [table], [arena])
+    socket.send_fds(engine, [table], [arena])
     return 0
 
 
@@ -939,7 +928,6 @@ def unseal(disk, container, cipher, arena, gate):
 # Nothing below is trusted with anything but answers. It has the arena and its pipe to the gate.
 
 CHUNK = 256  # prompt tokens between two steps of the running streams: none of them starves
-IDLE = 60  # seconds after which the other ranks are told that there is nothing
 ENGINE_FILES = ("config.json", "model.json", "prompts.json")
 CACHE_SHARE = 7 / 8  # of the memory that is free: passes need some too
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
@@ -950,72 +938,29 @@ WARM_CONFIG = """{"hidden_size": 128, "intermediate_size": 96, "num_hidden_layer
     "pad_token_id": 0}"""
 WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
     "masks": {}, "names": {}, "pattern": "c", "ids": [], "special": [], "prefix": [], "variables":
-    {}, "template": "{% set n = namespace(a='b') %}{% macro f(x) %}{{ x ~ n.a }}{% endmacro %}\
-{% for m in messages %}{{ f(m['content'] | trim | tojson) }}{% endfor %}"}"""
+    {}, "template": "{% macro f(x) %}{{ x | trim | tojson }}{% endmacro %}{{ f('ab') }}"}"""
 
 
 def engine_main(settings, gate, loader):
-    """Import, warm up, confine; only then take the arena; build the model, serve until killed.
-
-    All of its ranks do, each a process, of which only the first has the gate's pipe.
-    """
-    device, ranks = settings["ENCLAVE_DEVICE"], int(settings["ENCLAVE_RANKS"])
+    """Import, warm up, confine; only then take the arena; build the model, serve until killed."""
+    drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
     try:
-        model_type = mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode()
-        if ranks > 1:
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                port = str(server.getsockname()[1])  # one that is free
-        rank = next((number for number in range(1, ranks) if os.fork() == 0), 0)
-        drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
-        if ranks > 1:
-            gate, device = gate if rank == 0 else None, form_group(rank, ranks, port)
-        warm_up(model_type, settings, device)
+        warm_up(mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode(), settings)
         confine("engine")
         with loader:
             files = map_arena(loader)
         fields, facts, prompts = (json.loads(bytes(files[name])) for name in ENGINE_FILES)
-        model = build_model(fields, read_state(files, facts["tensors"]), device)
+        model = build_model(fields, read_state(files, facts["tensors"]), settings["ENCLAVE_DEVICE"])
         decoder = Decoder(model, facts, Prompter(prompts), settings, gate)
     except EOFError:
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
         kinds = {ImportError: "no_engine", OSError: "no_engine", MemoryError: "out_of_memory"}
         code = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "model_invalid")
-        if gate:
-            gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
+        gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
         return 1
-    decoder.out += mp.PIPE.pack(mp.LOADED, 0, decoder.context)
+    gate.sendall(mp.PIPE.pack(mp.LOADED, 0, decoder.context))
     decoder.serve()
-
-
-def form_group(rank, ranks, port):
-    """Connect all ranks, which can't be done later. Returns a DistributedConfig.
-
-    transformers would connect them anew for every model: it gets one mesh for all.
-    """
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    from transformers.distributed import DistributedConfig, mixin
-
-    config = DistributedConfig(tp_size=ranks)
-    mesh = mixin.initialize_distributed_mesh(config)
-    mixin.initialize_distributed_mesh = lambda _: mesh
-    return config
-
-
-def share(heard, device):
-    """The lines that the first rank has heard, in all ranks, so that they take the same steps."""
-    import torch
-    from torch import distributed
-
-    if distributed.is_initialized():
-        size = torch.tensor(len(heard), device=device)
-        distributed.broadcast(size, 0)
-        data = bytearray(heard.ljust(int(size) + 1))  # never empty
-        data = torch.frombuffer(data, dtype=torch.uint8).to(device)
-        distributed.broadcast(data, 0)
-        heard = bytes(data.tolist())
-    return heard.split(b"\n")[:-1]
 
 
 def map_arena(loader):
@@ -1054,8 +999,7 @@ def read_state(files, tensors):
 def build_model(fields, state, device):
     """transformers' own class for the config, filled from memory; no path, no remote code.
 
-    fields: config.json. state: {name: tensor}. device: a name, "auto" (all GPUs, split by layers),
-    or a DistributedConfig.
+    fields: config.json. state: {name: tensor}.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
@@ -1063,35 +1007,15 @@ def build_model(fields, state, device):
     dtype = config.dtype or next(iter(state.values())).dtype
     if any(t.is_floating_point() and t.itemsize < dtype.itemsize for t in state.values()):
         raise ValueError("the tensors would not stay as they are stored")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    device = split(model_class, config, dtype) if device == "auto" else device
-    place = "device_map" if isinstance(device, (str, dict)) else "distributed_config"
-    options = {"config": config, "state_dict": state, "dtype": dtype, place: device}
+    options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": device}
     options |= {"output_loading_info": True, "generation_config": GenerationConfig()}
-    model, info = model_class.from_pretrained(None, **options)
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError("the tensors are not this config's")
     return model.eval()
 
 
-def split(model_class, config, dtype, room=None):
-    """Where each layer goes, {module: GPU}. MemoryError where transformers would take a disk.
-
-    room: {GPU: bytes for weights}, by default most of what is free; the rest is the cache's.
-    """
-    import accelerate
-    from torch import cuda, device
-
-    room = room or {n: cuda.mem_get_info(n)[0] * 4 // 5 for n in range(cuda.device_count())}
-    with device("meta"):
-        model = model_class(config)
-    found = accelerate.infer_auto_device_map(model, room, model._no_split_modules, dtype=dtype)
-    if not {*found.values()} <= room.keys():
-        raise MemoryError("the model does not fit into the devices")
-    return found
-
-
-def warm_up(model_type, settings, device):
+def warm_up(model_type, settings):
     """Import and run what the real model will use, on a tiny one: later nothing can be opened."""
     import jinja2.debug  # noqa: F401  for a template that is wrong
     import torch
@@ -1100,7 +1024,7 @@ def warm_up(model_type, settings, device):
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    model = build_model(config.to_dict(), tiny.state_dict(), device)
+    model = build_model(config.to_dict(), tiny.state_dict(), settings["ENCLAVE_DEVICE"])
     facts = {"context": None, "ends": [], "sampling": mp.NEUTRAL | {"temperature": 1}}
     decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
@@ -1137,8 +1061,9 @@ class Prompter:
         """The prompt's ids. Raises ValueError, or what a template raises."""
         if "prompt" in request:
             return self.prefix + self.to_ids(self.mask(request["prompt"]))
-        pairs = [(m["role"], self.mask(m["content"])) for m in request["messages"]]
-        chat = [{"role": role, "content": content} for role, content in pairs]  # tojson's order
+        chat = [
+            {"role": m["role"], "content": self.mask(m["content"])} for m in request["messages"]
+        ]
         values = self.variables | {"messages": chat}
         if "date" in request:
             values["date_string"] = self.mask(request["date"])
@@ -1171,13 +1096,14 @@ class SlotCache:
 
     def __init__(self, count, context):
         self.count, self.context = count, context
-        self.layers = {}
+        self.layers, self.stores = {}, []  # what each layer has; all of it
 
     def update(self, keys, values, layer, *_, **__):
         """Store (rows, heads, tokens, size) at the positions; return all that is attended to."""
         if layer not in self.layers:
             size = (self.count, keys.shape[1], self.context)
             self.layers[layer] = [new.new_zeros(*size, new.shape[3]) for new in (keys, values)]
+            self.stores += self.layers[layer]
         view, first = self.rows, self.rows[0]
         if view == list(range(first, first + len(view))):
             view = slice(first, first + len(view))  # of which no copy is made
@@ -1189,10 +1115,6 @@ class SlotCache:
     def get_seq_length(self, *_):
         """Tokens cached; positions are always given, so it only has to be a number."""
         return self.span
-
-    def stores(self):
-        """All tensors of keys or values, (rows, heads, tokens, size)."""
-        return [store for pair in self.layers.values() for store in pair]
 
 
 class Decoder:
@@ -1225,7 +1147,7 @@ class Decoder:
         kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
         is_gpu = self.model.device.type == "cuda"
         free = torch.cuda.mem_get_info()[0] if is_gpu else int(kib) * 1024
-        room = int(free * CACHE_SHARE) // sum(store.nbytes for store in self.cache.stores())
+        room = int(free * CACHE_SHARE) // sum(store.nbytes for store in self.cache.stores)
         if not room:
             raise MemoryError
         return room
@@ -1250,15 +1172,11 @@ class Decoder:
     def serve(self):
         """Take messages and make tokens; EOFError or OSError end it when the gate is gone."""
         while True:
-            if self.gate:
-                self.gate.sendall(self.out)
-            self.out.clear()
-            heard = b""
-            while self.gate and is_readable(self.gate, 0 if self.streams or heard else IDLE):
-                heard += mp.read_frame(self.gate, mp.MESSAGE_LIMIT) + b"\n"
-            for line in share(heard, self.model.device):
-                self.take(json.loads(line))
+            while is_readable(self.gate, 0 if self.streams or self.out else None):
+                self.take(json.loads(mp.read_frame(self.gate, mp.MESSAGE_LIMIT)))
             self.step()
+            self.gate.sendall(self.out)
+            self.out.clear()
 
     def take(self, message):
         """A request or a cancel from the gate."""
@@ -1304,8 +1222,7 @@ class Decoder:
         for row in sorted(set(range(self.cache.count)) - taken.keys()):
             waiting = [stream for stream in self.streams if stream.row is None]
             if waiting:
-                counts = collections.Counter(taken.values())
-                stream = min(waiting, key=lambda one: counts[one.user])
+                stream = min(waiting, key=lambda one: list(taken.values()).count(one.user))
                 self.reuse(stream, row)
                 stream.row, self.last[row], taken[row] = row, stream, stream.user
 
@@ -1318,7 +1235,7 @@ class Decoder:
                 source, stream.cached = other.row, size
                 size += CHUNK
         if source != row:
-            for store in self.cache.stores():
+            for store in self.cache.stores:
                 store[row, :, : stream.cached] = store[source, :, : stream.cached]
 
     def advance(self, streams):
@@ -1450,8 +1367,7 @@ def gumbel(streams, size, device):
         words ^= key
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
             torch.bitwise_right_shift(words, shift, out=spare)
-            spare &= 0xFFFFFFFF >> shift
-            words ^= spare
+            words ^= spare.bitwise_and_(0xFFFFFFFF >> shift)
             words *= factor
     tail = words >> 31  # -1 for the upper one
     chance = (words ^ tail).double() * 2 + 1  # of what is farther out, times 2^33

@@ -639,6 +639,15 @@ def header_length(prefix):
     return length
 
 
+def read_header(path):
+    """The unparsed header of the sealed model; of a file that ends within it, another model's.
+
+    Raises OSError, ProtocolError.
+    """
+    with open(path, "rb") as file:
+        return file.read(header_length(file.read(PREFIX)))
+
+
 class Container:
     """A sealed container's header, parsed and checked; `header` is its exact bytes.
 

@@ -360,7 +360,7 @@ class Arena(Folder):
         with subprocess.Popen(command, **options) as process, gate, engine:
             loader_gate.close()
             loader_engine.close()
-            header = muenclave.read_header(model)
+            header = mp.read_header(model)
             gate.sendall(mp.frame(header) + mp.frame(key))
             frames, arena, table = [], None, None
             with contextlib.suppress(EOFError):

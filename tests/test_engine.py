@@ -117,7 +117,7 @@ def greedy(model, ids, count, **options):
 @contextlib.contextmanager
 def loaded(sealed):
     """The files in the arena that the real loader makes of a sealed model."""
-    header = muenclave.read_header(str(sealed.model))
+    header = mp.read_header(str(sealed.model))
     key = support.owner.read_key_file(sealed.key, None)[1]
     gate, for_gate = socket.socketpair()
     engine, for_engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -1297,7 +1297,7 @@ class Memory(unittest.TestCase):
         for tokens, rows in ((4096, 4), (512, 4), (511, 3), (300, 2), (129, 1), (128, 1)):
             batch = self.limited(tokens)
             self.assertEqual((batch.cache.count, batch.context), (rows, 128))
-            taken = sum(store.nbytes for store in batch.cache.stores())
+            taken = sum(store.nbytes for store in batch.cache.stores)
             self.assertEqual(taken, rows * 128 * self.token)
 
     def test_then_a_shorter_context(self):
@@ -1316,9 +1316,9 @@ class Memory(unittest.TestCase):
 
     def test_it_does_not_grow(self):
         batch = decoder(self.model, slots=3)
-        before = [(store.data_ptr(), store.nbytes) for store in batch.cache.stores()]
+        before = [(store.data_ptr(), store.nbytes) for store in batch.cache.stores]
         answers(batch, [{"ids": [n] * 100, "max_new_tokens": 28} for n in range(9)])
-        after = [(store.data_ptr(), store.nbytes) for store in batch.cache.stores()]
+        after = [(store.data_ptr(), store.nbytes) for store in batch.cache.stores]
         self.assertEqual(after, before)
 
 

@@ -59,7 +59,7 @@ class Loader:
     """
 
     def __init__(self, sealed):
-        header = muenclave.read_header(str(sealed.model))
+        header = mp.read_header(str(sealed.model))
         key = support.owner.read_key_file(sealed.key, None)[1]
         gate, for_gate = socket.socketpair()
         self.engine, for_engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

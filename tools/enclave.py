@@ -27,7 +27,6 @@ import muproxy  # noqa: E402
 LEVELS = ("full", "seccomp")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
 LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
-LEAST["ENCLAVE_RANKS"] = 1
 # What else of the environment the enclave gets: whatever it inherits, its engine can read.
 KEPT = ("PATH", "PYTHONPATH", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -69,7 +68,7 @@ def check_files(values):
     if not path:
         raise StartError("no model; set MODEL_PATH or --model to a sealed model (.mus)")
     try:
-        muenclave.read_header(path)
+        mp.read_header(path)
     except (OSError, mp.ProtocolError) as error:
         raise StartError(f"can't use the model {path}: {muproxy.text_of(error)}") from None
     if values["ENCLAVE_EVIDENCE"] == "tpm2" and not os.path.exists(values["ENCLAVE_TPM"]):
