@@ -1061,9 +1061,7 @@ class Prompter:
         """The prompt's ids. Raises ValueError, or what a template raises."""
         if "prompt" in request:
             return self.prefix + self.to_ids(self.mask(request["prompt"]))
-        chat = [
-            {"role": m["role"], "content": self.mask(m["content"])} for m in request["messages"]
-        ]
+        chat = [dict(role=m["role"], content=self.mask(m["content"])) for m in request["messages"]]
         values = self.variables | {"messages": chat}
         if "date" in request:
             values["date_string"] = self.mask(request["date"])
