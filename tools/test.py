@@ -31,6 +31,8 @@ PROGRAMS = {  # that tests run: package
     "getcap": "libcap2-bin",
     "unshare": "util-linux",
     "buildah": "buildah",
+    "haproxy": "haproxy",
+    "systemd-analyze": "systemd",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 PROGRAMS |= image.PROGRAMS | vm.PROGRAMS
