@@ -32,6 +32,10 @@ import muproxy
 from tests import support
 from tests.test_engine import answers, decoder, load, loaded
 
+sys.path.insert(0, str(support.TOOLS))
+
+import bench  # noqa: E402
+
 IS_RELEASE = os.environ.get("MUENCLAVE_RELEASE") == "1"
 SECONDS = 1800 if IS_RELEASE else 180  # of load
 STALL = 2 if IS_RELEASE else 20  # seconds between two pieces of a stream; 20: it hangs
@@ -213,12 +217,15 @@ class Soak:
         self.samples.append(found)
 
     def trend(self, role, what):
-        """(median of the first fifth of the samples, of the last, the most); None: not known."""
+        """{"first": median of the first fifth of the samples, "last": of the last fifth, "most"},
+        whole numbers; None if it is not known.
+        """
         values = [sample[role][what] for sample in self.samples]
         if None in values:
             return None
         fifth = max(1, len(values) // 5)
-        return statistics.median(values[:fifth]), statistics.median(values[-fifth:]), max(values)
+        medians = (statistics.median_low(part) for part in (values[:fifth], values[-fifth:]))
+        return dict(zip(("first", "last", "most"), (*medians, max(values))))
 
     # -- the load
 
@@ -271,17 +278,16 @@ class Soak:
 
     def facts(self):
         """What was measured, for the file."""
-        facts = {"tool": "soak", "version": 1, "seconds": SECONDS, "clients": CLIENTS}
-        facts |= {"slots": SLOTS, "cpus": os.cpu_count(), "counts": dict(self.counts)}
-        facts |= {"running": statistics.mean(sample["running"] for sample in self.samples)}
-        facts |= {"worst_gap_seconds": round(max(self.gaps), 3)}
-        facts |= {"first_seconds": {"median": round(statistics.median(self.firsts), 3)}}
-        facts["first_seconds"]["worst"] = round(max(self.firsts), 3)
-        for role in self.pids:
-            facts[role] = {}
-            for what in GROWTH:
-                if found := self.trend(role, what):
-                    facts[role][what] = dict(zip(("first", "last", "most"), found))
+        facts = {"tool": "soak", "version": 1, "machine": bench.describe_processor()}
+        facts |= {"seconds": SECONDS, "clients": CLIENTS, "slots": SLOTS}
+        facts |= {"counts": dict(self.counts), "worst_gap_seconds": round(max(self.gaps), 3)}
+        running = statistics.mean(sample["running"] for sample in self.samples)
+        firsts = {"median": statistics.median(self.firsts), "worst": max(self.firsts)}
+        facts["first_seconds"] = {name: round(value, 3) for name, value in firsts.items()}
+        facts["requests_running"] = round(running, 1)
+        facts["processes"] = {
+            role: {what: self.trend(role, what) for what in GROWTH} for role in self.pids
+        }
         return facts
 
 
@@ -465,8 +471,8 @@ class Load(unittest.TestCase):
             for role in soak.pids:
                 for what, most in GROWTH.items():
                     with self.subTest("nothing grows", process=role, what=what):
-                        first, last, _ = soak.trend(role, what) or (0, 0, 0)
-                        self.assertLessEqual(last - first, most)
+                        if found := soak.trend(role, what):
+                            self.assertLessEqual(found["last"] - found["first"], most)
             with self.subTest("all slots are free, and the next answer is right"):
                 soak.wait_until(lambda: soak.metrics()["requests_running"] == 0)
                 soak.fill_slots()
