@@ -460,7 +460,7 @@ def page(document):
 
 def build_both(flags, stack):
     """Build enclave and baseline; (targets, kernels, kernel source) to measure. ToolError."""
-    import bench
+    import bench_boot
     import image
 
     if not BASELINE.exists():
@@ -476,7 +476,7 @@ def build_both(flags, stack):
         raise ToolError("the baseline was not built: it says above why")
     names = ("muenclave.efi", "extras.squashfs", "reference.json")
     ours = Target("enclave", [str(built / name) for name in names])
-    (config,) = bench.debian_kernel(lock).glob("boot/config-*")
+    (config,) = bench_boot.debian_kernel(lock).glob("boot/config-*")
     kernels = [("enclave", image.build_kernel("tcp", lock)), ("Debian cloud", config)]
     return [ours, Target("baseline", [str(baseline / "root")])], kernels, image.kernel_source(lock)
 
