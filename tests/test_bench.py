@@ -5,12 +5,15 @@ import io
 import itertools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import types
 import unittest
 from unittest import mock
+
+import torch
 
 import muenclave
 import muprotocol as mp
@@ -19,7 +22,15 @@ from tests import guest, support
 sys.path.insert(0, str(support.TOOLS))
 
 import bench  # noqa: E402
+import bench_boot  # noqa: E402
+import bench_contender  # noqa: E402
+import bench_decode  # noqa: E402
+import bench_handshake  # noqa: E402
+import bench_http  # noqa: E402
 import bench_meter  # noqa: E402
+import bench_model  # noqa: E402
+import bench_shared as shared  # noqa: E402
+import bench_unseal  # noqa: E402
 import report  # noqa: E402
 
 BENCH = [sys.executable, str(support.TOOLS / "bench.py")]
@@ -41,10 +52,10 @@ class Boot(unittest.TestCase):
 
     def test_times(self):
         seconds = self.figures["seconds"]
-        self.assertEqual(set(seconds), set(bench.CONTENDERS))
+        self.assertEqual(set(seconds), set(bench_boot.CONTENDERS))
         for name, rounds in seconds.items():
             self.assertEqual(len(rounds), 1, name)
-            self.assertTrue(0 < rounds[0] < bench.BOOT_SECONDS, name)
+            self.assertTrue(0 < rounds[0] < bench_boot.BOOT_SECONDS, name)
 
     def test_sizes(self):
         ours, debian = self.figures["ours"], self.figures["debian"]
@@ -59,8 +70,8 @@ class Boot(unittest.TestCase):
     def test_what_is_printed(self):
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
-            bench.show_boot(self.figures)
-        for name in bench.CONTENDERS.values():
+            bench_boot.show_boot(self.figures)
+        for name in bench_boot.CONTENDERS.values():
             self.assertIn(name, text.getvalue())
         self.assertIn(f"{self.figures['ours']['compiled']['lines']:,} lines", text.getvalue())
 
@@ -163,6 +174,295 @@ def iter_of(values):
     yield from values
 
 
+class Honesty(unittest.TestCase):
+    """A ratio is told only where rounds agree on it, and a target's verdict is never a guess."""
+
+    def test_rounds_that_agree(self):
+        found = shared.ratio([10, 11, 10.5], [5, 5.5, 5])
+        self.assertEqual((found["ratio"], found["least"], found["most"]), (2, 2, 2.1))
+        self.assertEqual(shared.tell_ratio(found), "2× (2 to 2.1)")
+
+    def test_what_weighs_on_both_is_no_disagreement(self):
+        self.assertEqual(shared.ratio([10, 20, 60], [5, 10, 30])["ratio"], 2)
+
+    def test_rounds_that_disagree(self):
+        for ours in ([10, 10, 13], [7, 10, 10], [1, 10, 100]):
+            found = shared.ratio(ours, [10, 10, 10])
+            self.assertIsNone(found["ratio"], ours)
+            least, most = min(ours) / 10, max(ours) / 10
+            self.assertEqual((found["least"], found["most"]), (least, most))
+            told = shared.tell_ratio(found)
+            self.assertEqual(told, f"rounds disagree ({least:.3g} to {most:.3g}): no ratio")
+            line = shared.target("a", found, at_least=0.1)
+            self.assertEqual((line["figure"], line["verdict"]), (None, told))
+
+    def test_the_stated_spread_is_the_limit(self):
+        self.assertIsNotNone(shared.ratio([4, 4, 5], [4, 4, 4])["ratio"])
+        self.assertIsNone(shared.ratio([4, 4, 5.01], [4, 4, 4])["ratio"])
+        self.assertEqual(shared.SPREAD, 0.25)
+
+    def test_few_rounds_can_t_disagree(self):
+        for count in range(1, shared.LEAST_ROUNDS):
+            found = shared.ratio([1] * count, [1] * count)
+            self.assertIsNone(found["ratio"])
+            self.assertIn("no ratio of fewer than 3 rounds", shared.tell_ratio(found))
+
+    def test_what_was_not_measured(self):
+        self.assertIsNone(shared.ratio([], [1]))
+        self.assertIsNone(shared.ratio([1], None))
+        self.assertEqual(shared.tell_ratio(None), "not measured")
+        self.assertEqual(shared.tell_values([]), "not measured")
+        lines = [line for targets in bench.TARGETS.values() for line in targets(None)]
+        self.assertGreater(len(lines), 15)
+        for line in lines:
+            self.assertEqual((line["figure"], line["verdict"]), (None, "not measured"))
+
+    def test_verdicts(self):
+        at_least = [shared.target("a", n, at_least=2)["verdict"] for n in (2, 1.5, 3)]
+        self.assertEqual(at_least, ["met", "missed by 25%", "met"])
+        at_most = [shared.target("a", n, at_most=2, unit=" ms")["verdict"] for n in (2, 3, 1)]
+        self.assertEqual(at_most, ["met", "missed by 50%", "met"])
+        self.assertEqual(shared.target("a", 3, at_most=2, unit=" ms")["limit"], "<= 2 ms")
+        self.assertEqual(shared.target("a", shared.ratio([3] * 3, [1] * 3), 2)["verdict"], "met")
+
+    def test_a_small_model_meets_no_target(self):
+        """The table is of the shapes that it names: what a tiny model does is no figure in it."""
+        rounds = {"whole": [9] * 3, "steady": [9] * 3, "first_worst": [1] * 3}
+        figures = {"shape": "tiny", "device": "cpu", "ratios": {"1": {"generate": rounds}}}
+        for line in bench_decode.decode_targets(figures):
+            self.assertEqual(line["verdict"], "not measured")
+        ratios = {name: shared.ratio([1] * 3, [1] * 3) for name in ("memmove", "age")}
+        figures = {"bytes": 1000, "weights": 1000, "peak": 1000, "ratios": ratios}
+        for line in bench_unseal.unseal_targets(figures):
+            self.assertEqual(line["verdict"], "not measured")
+
+    def test_a_round_s_figures(self):
+        """Two streams of three tokens; both have a first from second 2 on, then 2 tokens come."""
+        result = {"times": [[1, 2, 3], [2, 3, 4]], "cpu": 3}
+        found = bench_decode.measure_round(result)
+        expected = {"whole": 1.5, "steady": 1.5, "first_median": 1.5, "first_worst": 2}
+        self.assertEqual(found, expected | {"cpu_per_token": 0.5})
+        self.assertNotIn("steady", bench_decode.measure_round({"times": [[1], [1]], "cpu": 1}))
+        found = bench_decode.agreement([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [8, 5, 6]])
+        self.assertEqual(found, {"first": [1, 2], "all": [2, 6]})
+
+    def test_the_best_peer_is_the_earliest(self):
+        rounds = {"whole": [1] * 3, "first_worst": [4] * 3}
+        streams = {"8": {"muenclave": rounds | {"first_worst": [2] * 3}, "serve": rounds}}
+        streams["8"]["llama"] = rounds | {"first_worst": [1] * 3}
+        best = bench_http.compare(streams)["8"]["best"]
+        self.assertEqual((best["earliest"], best["first_worst"]["ratio"]), ("llama", 0.5))
+
+    def test_an_answer_that_is_not_whole_is_no_round(self):
+        good = {"times": [[1]], "finish": ["length"], "usage": [{"in": 1, "out": 4}]}
+        bench_http.check_round("a", good, 4)
+        bench_http.check_round("a", good | {"usage": [None]}, 4)
+        for wrong in ({"times": [[]]}, {"finish": ["stop"]}, {"usage": [{"in": 1, "out": 3}]}):
+            with self.assertRaisesRegex(shared.ToolError, "a: an answer ended before its time"):
+                bench_http.check_round("a", good | wrong, 4)
+        with self.assertRaisesRegex(shared.ToolError, "a: refused"):
+            bench_http.check_round("a", {"error": "refused"}, 4)
+
+
+def run_bench(*words, **options):
+    """(document, what was said) of a run that writes its JSON to standard output."""
+    command = [*BENCH, *map(str, words), "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def printed(show, figures):
+    """What a verb prints of its figures."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        show(figures)
+    return text.getvalue()
+
+
+class Unseal(unittest.TestCase):
+    """The product's loader, beside the others, on a tiny model."""
+
+    def test_a_round(self):
+        document, _ = run_bench("unseal", "--weights-shape", "tiny", "--rounds", 1)
+        figures = document["unseal"]
+        installed = [name for name in bench_unseal.PROGRAMS if shutil.which(name)]
+        self.assertEqual(set(figures["left_out"]), set(bench_unseal.PROGRAMS) - set(installed))
+        ways = {"muenclave", "plain", "memmove", "memmove_all", *installed}
+        self.assertEqual(set(figures["seconds"]), ways)
+        for seconds in figures["seconds"].values():
+            self.assertEqual(len(seconds), 1)
+        self.assertGreater(figures["checked"], 10)
+        self.assertGreaterEqual(figures["peak"], figures["weights"])
+        self.assertLess(figures["weights"], figures["bytes"])
+        self.assertEqual({line["figure"] for line in document["targets"]}, {None})
+        text = printed(bench_unseal.show_unseal, figures)
+        for name in ways:
+            self.assertIn(bench_unseal.WAYS[name], text)
+        self.assertIn("no ratio of fewer than 3 rounds", text)
+
+    def test_other_tensors_are_found_out(self):
+        from safetensors.torch import load_file, save_file
+
+        plain = bench_model.model_folder("tiny")
+        sealed = bench_model.sealed_folder(plain, sys.executable)
+        state = load_file(plain / "model.safetensors")
+        changed = state["model.norm.weight"].clone()
+        changed[-1] += 1
+        with tempfile.TemporaryDirectory() as folder:
+            state["model.norm.weight"] = changed
+            save_file(state, pathlib.Path(folder, "model.safetensors"))
+            command = bench_unseal.command(pathlib.Path(folder), sealed)
+            with shared.Worker("the loader", command) as worker:
+                with self.assertRaisesRegex(shared.ToolError, "another model.norm.weight"):
+                    worker.ask(way="check")
+
+    def test_a_program_that_is_not_installed(self):
+        plain = bench_model.model_folder("tiny")
+        with tempfile.TemporaryDirectory() as folder:
+            with mock.patch.object(bench_unseal.shutil, "which", lambda _: None):
+                found = bench_unseal.start_programs(plain, pathlib.Path(folder), None)
+        left_out = {"age": "not installed: apt-get install age"}
+        left_out |= {"gpg": "not installed: apt-get install gnupg"}
+        self.assertEqual(found, ({}, left_out))
+
+
+class Decode(unittest.TestCase):
+    """Contenders that can run here are measured on a tiny model; they are the same model."""
+
+    @classmethod
+    def setUpClass(cls):
+        names = {"shape": "tiny", "device": "cpu", "threads": 1, "prompt_tokens": 5, "tokens": 4}
+        flags = types.SimpleNamespace(**names, rounds=1, streams=[1, 3], peers="here")
+        cls.said = []
+        ours = lambda *_: pathlib.Path(sys.executable)  # noqa: E731  it has transformers
+        with mock.patch.object(shared, "peers_python", ours):
+            cls.figures = bench_decode.run_decode(flags, cls.said.append)
+        cls.figures["machine"] = shared.describe_processor()
+
+    def test_figures(self):
+        streams = self.figures["streams"]
+        self.assertEqual(set(streams["1"]), {"muenclave", "generate", "continuous"})
+        self.assertEqual(set(streams["3"]), {"muenclave", "generate", "continuous", "static"})
+        for found in streams.values():
+            for rounds in found.values():
+                self.assertEqual(len(rounds["whole"]), 1)
+                self.assertGreater(rounds["whole"][0], 0)
+                self.assertLessEqual(rounds["first_median"][0], rounds["first_worst"][0])
+        self.assertEqual(len(self.figures["bandwidth"]), 1)
+        self.assertGreater(self.figures["weights_bytes"], 100_000)
+
+    def test_the_same_model(self):
+        check = self.figures["float32"]
+        self.assertEqual((check["equal"], check["compared"]), (bench_decode.CHECKED,) * 2)
+        for name, found in self.figures["agreement"].items():
+            total = 3 if name == "static" else 4
+            self.assertEqual(found["first"][1], total, name)
+
+    def test_a_peer_that_fails_is_left_out(self):
+        self.assertIn("gguf", self.figures["left_out"]["llama"])
+        self.assertNotIn("llama", self.figures["peak_kib"])
+
+    def test_what_is_printed(self):
+        text = printed(bench_decode.show_decode, self.figures)
+        for name in bench_decode.CONTENDERS.values():
+            self.assertIn(name, text)
+        self.assertIn("8 of 8 answers of ours equal generate's", text)
+        self.assertIn("left out: llama.cpp: ", text)
+        self.assertIn("no ratio of fewer than 3 rounds", text)
+
+    def test_without_peers(self):
+        flags = types.SimpleNamespace(peers=None)
+        field = bench_decode.Field(flags, None, None)
+        field.start_peers(None)
+        self.assertEqual(set(field.left_out), set(bench_decode.PACKAGES))
+        for reason in field.left_out.values():
+            self.assertIn("--peers DIR", reason)
+
+    def test_a_worker_that_dies(self):
+        dies = (
+            "import json; print(json.dumps({}), flush=True); input(); raise SystemExit('it broke')"
+        )
+        with shared.Worker("a peer", [sys.executable, "-c", dies]) as worker:
+            with self.assertRaisesRegex(shared.ToolError, "^a peer: it broke$"):
+                worker.ask(prompts=[])
+        with self.assertRaisesRegex(shared.ToolError, "^a peer: no output$"):
+            shared.Worker("a peer", [sys.executable, "-c", ""])
+
+
+class Http(unittest.TestCase):
+    """The whole path on a tiny model, by OpenAI's client."""
+
+    def test_a_round(self):
+        small = ["--shape", "tiny", "--rounds", 1, "--streams", "2", "--tokens", 6]
+        document, _ = run_bench("http", *small, "--prompt-tokens", 16)
+        figures = document["http"]
+        self.assertEqual(set(figures["streams"]["2"]), {"muenclave"})
+        rounds = figures["streams"]["2"]["muenclave"]
+        self.assertGreater(rounds["whole"][0], 0)
+        self.assertLessEqual(rounds["first_median"][0], rounds["first_worst"][0])
+        self.assertLessEqual(rounds["first_worst"][0], rounds["seconds"][0])
+        self.assertEqual(len(figures["added"]["2"]["wall"]), 1)
+        self.assertGreater(figures["prompt_tokens"], bench_http.TEMPLATE)
+        self.assertGreater(figures["peak_kib"]["muenclave"], 100_000)
+        for reason in figures["left_out"].values():
+            self.assertIn("--peers DIR", reason)
+        text = printed(bench_http.show_http, figures)
+        self.assertIn("our meter raised to 1,000,000,000 bytes/s", text)
+        self.assertIn(bench_http.CONTENDERS["muenclave"], text)
+
+
+class Handshake(unittest.TestCase):
+    """Sessions with the product's gate."""
+
+    def test_a_round(self):
+        flags = types.SimpleNamespace(rounds=1, sessions=4)
+        with mock.patch.object(bench_handshake, "HANDSHAKES", 2):
+            figures = bench_handshake.run_handshake(flags, lambda _: None)
+        self.assertLess(0, figures["verified_ms"][0])
+        self.assertLess(figures["verified_ms"][0], figures["ready_ms"][0])
+        self.assertLess(0, figures["many_s"][0])
+        lines = bench_handshake.handshake_targets(figures)
+        self.assertIsNotNone(lines[0]["figure"])
+        self.assertEqual(lines[1]["verdict"], "not measured")  # 4 sessions are not 200
+        figures["machine"] = shared.describe_processor()
+        text = printed(bench_handshake.show_handshake, figures)
+        self.assertIn("4 sessions opened", text)
+
+    def test_more_sessions_than_places(self):
+        with bench_handshake.Stand(3) as stand:
+            with self.assertRaises(mp.ProtocolError):
+                bench_handshake.time_many(stand, 5)
+
+
+class All(unittest.TestCase):
+    """Every verb; one that can't be measured does not stop the others."""
+
+    def test_one_fails(self):
+        class Wrong:
+            @staticmethod
+            def run(flags, say):
+                raise shared.ToolError("no such thing here")
+
+        figures = {"verified_ms": [60.0] * 3, "sessions": 200, "many_s": [8.0] * 3}
+        verbs = {"unseal": (Wrong.run, None), "handshake": (lambda *_: figures, lambda _: None)}
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(bench, "VERBS", verbs):
+            path = pathlib.Path(folder, "all.json")
+            errors, text = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(text):
+                status = bench.main(["all", "--json", str(path)])
+            document = json.loads(path.read_text())
+        self.assertEqual(status, 1)
+        self.assertIn("bench: error: unseal: no such thing here\n", errors.getvalue())
+        self.assertEqual(document["not_measured"], {"unseal": "no such thing here"})
+        self.assertEqual(document["handshake"]["many_s"], [8.0] * 3)
+        verdicts = {line["target"]: line["verdict"] for line in document["targets"]}
+        self.assertEqual(verdicts["200 sessions opened"], "met")
+        self.assertEqual(verdicts["handshake + psk evidence, median"], "missed by 100%")
+        self.assertEqual(verdicts["unseal 2 GB: age -d"], "not measured")
+        for line in document["targets"]:
+            self.assertIn(line["target"], text.getvalue())
+
+
 class Mistakes(unittest.TestCase):
     """One line says what is wrong."""
 
@@ -180,10 +480,31 @@ class Mistakes(unittest.TestCase):
             self.assertRegex(done.stderr, r"\Abench: error: [^\n]*no virtual environment[^\n]*\n\Z")
             pathlib.Path(folder, "bin").mkdir()
             pathlib.Path(folder, "bin", "python").symlink_to(sys.executable)
+            done = subprocess.run(command, capture_output=True, text=True)  # that Python is no venv
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            self.assertRegex(done.stderr, r"\Abench: error: [^\n]*no virtual environment[^\n]*\n\Z")
+
+    def test_no_gpu(self):
+        if torch.cuda.is_available():
+            self.skipTest("there is a GPU")
+        command = [*BENCH, "decode", "--shape", "tiny", "--device", "cuda"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        line = "bench: error: --device cuda: PyTorch finds no GPU here\n"
+        self.assertEqual(done.stderr, line)
+
+    def test_too_many_tokens(self):
+        for verb in ("decode", "http"):
+            command = [*BENCH, verb, "--shape", "tiny", "--tokens", str(bench_contender.CONTEXT)]
             done = subprocess.run(command, capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout), (1, ""))
-            told = r"\Abench: error: [^\n]*mistral_common[^\n]*it takes mistral-common==[^\n]+\n\Z"
-            self.assertRegex(done.stderr, told)
+            self.assertRegex(done.stderr, r"\Abench: error: at most \d+ tokens a stream[^\n]+\n\Z")
+
+    def test_no_packages(self):
+        """By a Python that has none: one line says what is missing."""
+        with mock.patch.object(shared.sys, "executable", "/bin/false"):
+            with self.assertRaisesRegex(shared.ToolError, "^this Python has no torch: pip install"):
+                shared.need_modules("torch")
 
     def test_no_weights(self):
         command = [*BENCH, "boot", "--weights", "/nowhere"]

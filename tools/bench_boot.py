@@ -43,7 +43,6 @@ CONTENDERS = {
 PROVED = {"measurement", "PCR 4", "PCR 9"}  # by our image without any enrolment
 
 
-
 def debian_kernel(lock):
     """Debian's cloud kernel, unpacked: its folder, with vmlinuz and modules. ToolError."""
     name = next((name for name in lock["compared"] if name.endswith("-cloud-amd64")), None)

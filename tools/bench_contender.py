@@ -260,7 +260,7 @@ class Llama:
 
 
 class Bandwidth:
-    """How fast memory is read: a sum over a buffer that no cache holds. Its rounds have no tokens."""
+    """How fast memory is read: a sum over a buffer that no cache holds. No prompts, no tokens."""
 
     packages = ("torch",)
     weights = 0

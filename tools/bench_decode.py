@@ -1,9 +1,9 @@
 """How fast the engine makes tokens, without processes around it: for tools/bench.py decode.
 
-The same prompts go to the engine's decoder, to transformers' generate (one by one, and as one static
-batch), to transformers' continuous batching, and to llama.cpp, each in a process of its own that
-loads the same weights once (tools/bench_contender.py). Beside them stands the limit: memory is read
-at some rate, and a step reads all weights once.
+The same prompts go to the engine's decoder, to transformers' generate (one by one, and as one
+static batch), to transformers' continuous batching, and to llama.cpp, each in a process of its own
+that loads the same weights once (tools/bench_contender.py). Beside them stands the limit: memory is
+read at some rate, and a step reads all weights once.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def add_round(figures, found):
 
 
 def agreement(ours, theirs):
-    """{"first", "all": [equal, compared]} of two rounds' ids: before they differ they must agree."""
+    """{"first", "all": [equal, compared]} of two rounds' ids, up to where they differ."""
     pairs = list(zip(ours, theirs, strict=True))
     firsts = sum(our[0] == their[0] for our, their in pairs)
     same = sum(equal_prefix(our, their) for our, their in pairs)
@@ -233,10 +233,14 @@ def show_decode(figures):
     print(f"limit: {shared.tell_values(gigabytes, '.1f', ' GB/s')} read, of ", end="")
     print(f"{figures['weights_bytes']:,} bytes a step: {shared.tell_values(steps)} steps/s")
     for count, found in figures["streams"].items():
-        print(f"{count} streams: tokens/s whole; once all have a first; first token, s: median, worst")
+        print(
+            f"{count} streams: tokens/s whole; once all have a first; first token, s: median, worst"
+        )
         for name, rounds in found.items():
             cells = [shared.tell_values(rounds.get(key)) for key in ("whole", "steady")]
-            firsts = [shared.tell_values(rounds[f"first_{key}"], ".3f") for key in ("median", "worst")]
+            firsts = [
+                shared.tell_values(rounds[f"first_{key}"], ".3f") for key in ("median", "worst")
+            ]
             print(f"  {CONTENDERS[name]:34}", *(f"{cell:26}" for cell in cells + firsts))
             share = shared.ratio(rounds["whole"], [int(count) * step for step in steps])
             print(f"  {'':34} of the limit: {shared.tell_ratio(share)}")
@@ -258,7 +262,9 @@ def show_agreement(figures):
     if check is None:
         print("in fp32: not checked without peers")
         return
-    print(f"in fp32: {check['equal']} of {check['compared']} answers of ours equal generate's", end="")
+    print(
+        f"in fp32: {check['equal']} of {check['compared']} answers of ours equal generate's", end=""
+    )
     print(f", {check['tokens']} tokens each")
 
 

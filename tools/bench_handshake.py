@@ -12,6 +12,7 @@ import time
 
 import bench_meter
 import bench_shared as shared
+
 import muprotocol as mp
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off

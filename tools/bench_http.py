@@ -228,13 +228,18 @@ def show_http(figures):
     for count, found in figures["streams"].items():
         print(f"{count} streams: tokens/s; first token, s: median, worst; ours to it")
         for name, rounds in found.items():
-            firsts = [shared.tell_values(rounds[f"first_{key}"], ".3f") for key in ("median", "worst")]
+            firsts = [
+                shared.tell_values(rounds[f"first_{key}"], ".3f") for key in ("median", "worst")
+            ]
             cells = [shared.tell_values(rounds["whole"]), *firsts]
             print(f"  {CONTENDERS[name]:42}", *(f"{cell:26}" for cell in cells))
             for key, ratio in figures["ratios"][count].get(name, {}).items():
                 print(f"  {'':42} ours, {key}: {shared.tell_ratio(ratio)}")
         costs = figures["added"][count]
-        print(f"  time by the engine's alone: {shared.tell_values(costs['wall'], '.3f', '×')}; ", end="")
+        print(
+            f"  time by the engine's alone: {shared.tell_values(costs['wall'], '.3f', '×')}; ",
+            end="",
+        )
         print(f"CPU of gate and proxy by the engine's: {shared.tell_values(costs['cpu'], '.3f')}")
     for name, size in figures["peak_kib"].items():
         print(f"peak memory, sum of the processes: {CONTENDERS[name]}: {size / 1024:,.0f} MiB")

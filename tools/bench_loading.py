@@ -1,6 +1,6 @@
 """Loads weights in different ways, as a process of its own, for tools/bench.py unseal.
 
-    bench_loading.py PLAIN_DIR SEALED_DIR     says {"bytes", "weights"}: of the files, of the tensors
+    bench_loading.py PLAIN_DIR SEALED_DIR     {"bytes", "weights"}: of files, of tensors
     {"way": NAME, ...}                        loads in this way; {"seconds", ...}
 
 Where a way leaves tensors, a byte of each of their pages is read before the time is taken, so that

@@ -25,7 +25,8 @@ import tempfile
 import threading
 import time
 
-from environment import ROOT, ToolError, run
+import bench_shared as shared
+from environment import ROOT, ToolError
 
 sys.path.insert(0, str(ROOT))
 import muenclave  # noqa: E402
@@ -59,18 +60,12 @@ def read_text():
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def tokenise(text, peers):
+def tokenise(text, peers, say):
     """(ids, table: [bytes], version) by tekken, in the virtual environment `peers`. ToolError."""
     if peers is None:
         told = f"no tokenizer: --peers DIR makes a virtual environment there with {PACKAGE}"
         raise ToolError(f"{told} (nothing else needs it)")
-    python = pathlib.Path(peers) / "bin" / "python"
-    if not python.exists():
-        if pathlib.Path(peers).exists():
-            raise ToolError(f"--peers {peers}: no virtual environment; name a folder to make")
-        run([sys.executable, "-m", "venv", str(peers)], f"can't make {peers}")
-        install = [python, "-m", "pip", "install", "--disable-pip-version-check", PACKAGE]
-        run(install, f"pip can't install {PACKAGE} in {peers}")
+    python = shared.peers_python(peers, [PACKAGE], say)
     done = subprocess.run([python, "-B", TOKENS], input=text.encode(), capture_output=True)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
@@ -307,7 +302,7 @@ def take(messages, seconds):
 def run_meter(flags, say):
     """The figures of `meter`, a dict. ToolError."""
     text = read_text()
-    ids, table, version = tokenise(text, flags.peers)
+    ids, table, version = tokenise(text, flags.peers, say)
     rates = {name: {"tokens": [], "bytes": []} for name in FORMATS}
     for number in range(flags.rounds):
         for name, messages in MESSAGES.items():

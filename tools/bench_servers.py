@@ -27,7 +27,7 @@ BUDGET = 1 << 40  # bytes
 
 
 class Program:
-    """A program that runs until its `end`; what it says goes to a file. environment: added to ours."""
+    """A program that runs until its `end`. environment: added to ours."""
 
     def __init__(self, name, command, environment=None):
         self.name, self.log = name, tempfile.TemporaryFile()
@@ -60,7 +60,9 @@ class Program:
         while not (found := condition()):
             self.check()
             if time.monotonic() > until:
-                raise ToolError(f"{self.name} does not start; it said: {shared.last_line(self.log)}")
+                raise ToolError(
+                    f"{self.name} does not start; it said: {shared.last_line(self.log)}"
+                )
             time.sleep(0.1)
         return found
 

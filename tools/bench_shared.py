@@ -92,7 +92,8 @@ def show_targets(lines):
     print("targets:")
     for line in lines:
         figure = "-" if line["figure"] is None else f"{line['figure']:,.3g}"
-        print(f"  {line['target']:66} {line['limit']:>10}  {figure:>8}  {line['verdict']}")
+        limit = f"{figure:>8} ({line['limit']})"
+        print(f"  {line['target']:66} {limit:26} {line['verdict']}")
 
 
 # ---------------------------------------------------------------- programs and packages

@@ -10,8 +10,8 @@ same bytes to a file in memory.
 import contextlib
 import os
 import pathlib
+import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +22,7 @@ from environment import ROOT, ToolError
 
 LOADING = ROOT / "tools" / "bench_loading.py"
 MEMORY = "/dev/shm"
+NEEDED = 6  # copies in memory at once: page cache, what programs read and write, ours
 PROGRAMS = {"age": "age", "gpg": "gnupg"}  # program: Debian's package
 WAYS = {
     "muenclave": "ours: the loader, to tensors",
@@ -93,9 +94,7 @@ def start_programs(plain, folder, say):
 
 @contextlib.contextmanager
 def scratch():
-    """A folder in memory for what is decrypted, beside which what is encrypted lies; gpg's agent
-    ends with it.
-    """
+    """A folder in memory for what is encrypted and decrypted; gpg's agent ends with it."""
     base = MEMORY if os.path.isdir(MEMORY) else None
     with tempfile.TemporaryDirectory(prefix="muenclave-", dir=base) as name:
         folder = pathlib.Path(name)
@@ -113,6 +112,7 @@ def run_unseal(flags, say):
     shared.need_modules("torch", "safetensors")
     say(f"the model: {flags.weights_shape}")
     plain = bench_model.model_folder(flags.weights_shape)
+    check_memory(sum(path.stat().st_size for path in plain.glob("*.safetensors")))
     sealed = bench_model.sealed_folder(plain, sys.executable)
     cores = len(os.sched_getaffinity(0))
     with scratch() as folder, shared.Worker("the loader", command(plain, sealed)) as worker:
@@ -141,13 +141,24 @@ def run_unseal(flags, say):
     return figures | {"ratios": compare(seconds)}
 
 
+def check_memory(size):
+    """Refuse where so many bytes don't fit NEEDED times. Raises ToolError."""
+    text = pathlib.Path("/proc/meminfo").read_text("ascii")
+    free = int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.M)[1]) * 1024
+    if free < NEEDED * size:
+        wanted = NEEDED * size / 2**30
+        raise ToolError(
+            f"unseal needs {wanted:.1f} GiB of free memory, there are {free / 2**30:.1f}"
+        )
+
+
 def command(plain, sealed):
     """The words that start the process that loads."""
     return [sys.executable, "-B", LOADING, plain, sealed]
 
 
 def compare(seconds):
-    """How many times as fast as each other way ours is; and what it takes of the plaintext's time."""
+    """How many times as fast as each other way ours is; its time by the plaintext's."""
     ours = seconds["muenclave"]
     ratios = {name: shared.ratio(seconds[name], ours) for name in seconds if name != "muenclave"}
     return ratios | {"time_of_plain": shared.ratio(ours, seconds["plain"])}
