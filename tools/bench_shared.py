@@ -7,6 +7,7 @@ told only if at least LEAST_ROUNDS rounds agree on it to SPREAD.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from environment import ROOT, ToolError, run
 sys.path.insert(0, str(ROOT))
 
 SPREAD = 0.25  # (most - least) / median of a ratio's rounds, beyond which it is no figure
+BUILD = "CMAKE_ARGS=-DLLAVA_BUILD=OFF"  # of llama.cpp: its models of images are half of it
 LEAST_ROUNDS = 3  # that a ratio takes: fewer can't disagree
 
 
@@ -102,8 +104,7 @@ def show_targets(lines):
 def need_modules(*names):
     """Refuse to go on without these packages in this Python. Raises ToolError."""
     for name in names:
-        done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True)
-        if done.returncode:
+        if importlib.util.find_spec(name) is None:
             raise ToolError(f"this Python has no {name}: pip install 'muenclave[test]'")
 
 
@@ -120,8 +121,9 @@ def peers_python(folder, packages, say):
     missing = [package for package in packages if not has_package(python, package)]
     if missing:
         say(f"installing {' '.join(missing)} in {folder}")
-        install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-        run([*install, *missing], f"--peers {folder}: pip can't install {' '.join(missing)}")
+        install = ["env", BUILD, str(python), "-m", "pip", "install"]
+        install += ["--disable-pip-version-check", *missing]
+        run(install, f"--peers {folder}: pip can't install {' '.join(missing)}")
     return python
 
 
