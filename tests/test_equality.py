@@ -238,7 +238,8 @@ class Float32(Case):
         chunks and not, one within another, the same twice, and a talk that goes on.
         """
         chunk = subject(name).chunk
-        (system,) = drawn(name, draw, [2 * chunk + 3])
+        (exact,) = drawn(name, draw, [2 * chunk])
+        (system,) = drawn(name, draw, [3], exact["ids"])
         prefix = system["ids"]
         requests = [system | {"user": 1}]
         for length in (1, 4, chunk):
@@ -248,7 +249,7 @@ class Float32(Case):
         short = drawn(name, draw, [1, chunk - 1], prefix[:chunk])
         other = drawn(name, draw, [chunk + 1], prefix[: chunk - 1])  # shares no whole chunk
         requests += [request | {"user": 1} for request in (*whole, *short, *other)]
-        requests += [system | {"user": 1}, system | {"user": 2}, requests[1]]
+        requests += [exact | {"user": 1}, system | {"user": 1}, system | {"user": 2}, requests[1]]
         talk = [*prefix, *generated(name, tuple(prefix))[0]]
         return requests + [request | {"user": 1} for request in drawn(name, draw, [3], talk)]
 
