@@ -319,7 +319,8 @@ class Bfloat16(Case):
                 del garbage  # what memory is taken next holds other bits than at first
                 again, bits_again = self.recorded(name, arrivals, cancels)
                 self.assertEqual(again, found)
-                self.assertEqual(bits_again, bits)
+                same = sum(one == other for one, other in zip(bits, bits_again))
+                self.assertEqual((len(bits_again), same), (len(bits), len(bits)))
 
     def test_another_schedule_has_other_bits(self):
         """So that what is compared above is what a schedule decides."""
