@@ -41,12 +41,13 @@ class Clock:
 
     def result(self):
         """The round, for its answer."""
-        facts = {"ids": self.ids, "times": self.times}
-        return facts | {"cpu": time.process_time() - self.cpu, "peak_kib": peak_kib()}
+        return {"ids": self.ids, "times": self.times, "cpu": time.process_time() - self.cpu}
 
 
-def peak_kib():
-    """The most memory that this process has had, in KiB."""
+def peak_kib(device):
+    """The most memory that this process has had, or torch on the GPU, in KiB."""
+    if device != "cpu" and "torch" in sys.modules:
+        return sys.modules["torch"].cuda.max_memory_allocated() // 1024
     text = pathlib.Path("/proc/self/status").read_text("ascii", errors="replace")
     return int(re.search(r"^VmHWM:\s+(\d+) kB", text, re.M)[1])
 
@@ -203,6 +204,8 @@ class Llama:
         self.silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.silence, None)
         llama_cpp.llama_backend_init()
+        if device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+            raise RuntimeError("this llama.cpp was built without a GPU")
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0 if device == "cpu" else 1000
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
@@ -299,8 +302,8 @@ def main():
         request = json.loads(line)
         clock = Clock(len(request["prompts"]))
         contender.run(request["prompts"], request["tokens"], clock)
-        result = clock.result() | {"rate": getattr(contender, "rate", None)}
-        print(json.dumps(result), file=out, flush=True)
+        facts = {"rate": getattr(contender, "rate", None), "peak_kib": peak_kib(device)}
+        print(json.dumps(clock.result() | facts), file=out, flush=True)
     if hasattr(contender, "close"):
         contender.close()
 

@@ -28,6 +28,7 @@ CONTENDERS = {
 }
 PACKAGES = dict.fromkeys(("generate", "static", "continuous"), TRANSFORMERS) | {"llama": LLAMA}
 STREAMS = (1, 8, 32)
+SMALL = ("145m", "tiny")  # shapes that are checked in fp32; the first, in place of larger ones
 CHECKED = 8  # prompts of the check in fp32, and tokens of each
 WARM = 4  # tokens of the round that does not count
 
@@ -143,14 +144,16 @@ class Field:
 
 
 def check_float32(flags, say):
-    """{"equal", "compared"}: answers of ours, and generate's, to the same prompts in fp32. None if
-    there are no peers. Raises ToolError.
+    """{"shape", "equal", "compared", "tokens"}: answers of ours that equal generate's, in fp32.
+
+    None if there are no peers. Raises ToolError.
     """
     if flags.peers is None:
         return None
     say("the same model: greedy tokens in fp32")
-    folder = bench_model.model_folder(flags.shape, "float32")
-    prompts = bench_model.make_prompts(flags.shape, CHECKED, flags.prompt_tokens, seed=-1)
+    shape = flags.shape if flags.shape in SMALL else SMALL[0]
+    folder = bench_model.model_folder(shape, "float32")
+    prompts = bench_model.make_prompts(shape, CHECKED, flags.prompt_tokens, seed=-1)
     with contextlib.ExitStack() as stack:
         field = Field(flags, say, stack)
         field.start("muenclave", sys.executable, folder)
@@ -161,7 +164,7 @@ def check_float32(flags, say):
             for name in ("muenclave", "generate")
         )
     equal = sum(our == their for our, their in zip(ours, theirs, strict=True))
-    return {"equal": equal, "compared": len(prompts), "tokens": CHECKED}
+    return {"shape": shape, "equal": equal, "compared": len(prompts), "tokens": CHECKED}
 
 
 def run_decode(flags, say):
@@ -247,7 +250,8 @@ def show_decode(figures):
             for key, ratio in figures["ratios"][count].get(name, {}).items():
                 print(f"  {'':34} ours, {key}: {shared.tell_ratio(ratio)}")
     for name, size in figures["peak_kib"].items():
-        print(f"peak memory: {CONTENDERS[name]}: {size / 1024:,.0f} MiB")
+        where = "" if figures["device"] == "cpu" else " of the GPU"
+        print(f"peak memory{where}: {CONTENDERS[name]}: {size / 1024:,.0f} MiB")
     show_agreement(figures)
     for name, reason in figures["left_out"].items():
         print(f"left out: {CONTENDERS[name]}: {reason}")
@@ -265,7 +269,7 @@ def show_agreement(figures):
     print(
         f"in fp32: {check['equal']} of {check['compared']} answers of ours equal generate's", end=""
     )
-    print(f", {check['tokens']} tokens each")
+    print(f", {check['tokens']} tokens each, {check['shape']}")
 
 
 def decode_targets(figures):
