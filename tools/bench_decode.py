@@ -18,7 +18,7 @@ from environment import ROOT, ToolError
 
 CONTENDER = ROOT / "tools" / "bench_contender.py"
 TRANSFORMERS = ("torch==2.13.0", "transformers[serving]==5.24.0", "accelerate==1.15.0")
-LLAMA = ("llama-cpp-python[server]==0.3.36", "gguf==0.19.0")
+LLAMA = ("llama-cpp-python[server]==0.3.36", "gguf==0.19.0", "numpy==2.3.5")
 CONTENDERS = {
     "muenclave": "ours: the engine's decoder",
     "generate": "generate, one by one",
