@@ -63,11 +63,11 @@ class Load:
 
     def __init__(self, folder, meter=None):
         model = str(folder / "model.mus")
-        header = muenclave.read_header(model)
+        header = mp.read_header(model)
         _, key = owner.read_key_file(folder / "model.key", None)
         settings = muenclave.DEFAULTS | os.environ | {"MODEL_PATH": model}
         gate, for_gate = socket.socketpair()
-        engine, for_engine = socket.socketpair()
+        engine, for_engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         began = time.perf_counter()
         process = muenclave.spawn("loader", settings, for_gate, for_engine)
         try:
