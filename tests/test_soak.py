@@ -34,7 +34,7 @@ from tests.test_engine import answers, decoder, load, loaded
 
 sys.path.insert(0, str(support.TOOLS))
 
-import bench  # noqa: E402
+import bench_shared  # noqa: E402
 
 IS_RELEASE = os.environ.get("MUENCLAVE_RELEASE") == "1"
 SECONDS = 1800 if IS_RELEASE else 180  # of load
@@ -278,7 +278,7 @@ class Soak:
 
     def facts(self):
         """What was measured, for the file."""
-        facts = {"tool": "soak", "version": 1, "machine": bench.describe_processor()}
+        facts = {"tool": "soak", "version": 1, "machine": bench_shared.describe_processor()}
         facts |= {"seconds": SECONDS, "clients": CLIENTS, "slots": SLOTS}
         facts |= {"counts": dict(self.counts), "worst_gap_seconds": round(max(self.gaps), 3)}
         running = statistics.mean(sample["running"] for sample in self.samples)
