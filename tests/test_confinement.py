@@ -170,8 +170,6 @@ GRANTED = {
         "fcntl F_ADD_SEALS",
         "pwrite64",
         "pread64",
-        "writev",
-        "epoll_wait",
         "read",
         "write",
         "sendto",
@@ -182,14 +180,7 @@ ALL_MAY = ("clone3", "read", "write", "sendto")
 MAY = {
     "gate": ("accept", "shutdown", "setsockopt SO_SNDTIMEO", "recvmsg", *ALL_MAY),
     "loader": ("sendmsg", "fcntl F_ADD_SEALS", "pread64", "pwrite64", *ALL_MAY),
-    "engine": (
-        "mmap executable",
-        "mprotect executable",
-        "recvmsg",
-        "writev",
-        "epoll_wait",
-        *ALL_MAY,
-    ),
+    "engine": ("mmap executable", "mprotect executable", "recvmsg", *ALL_MAY),
 }
 
 
@@ -309,7 +300,7 @@ COMMON = set(map(int, COMMON.split()))
 OWN = {
     "gate": {7, 9, 10, 44, 47, 48, 51, 55, 271, 288},
     "loader": {9, 10, 17, 18, 44, 46},
-    "engine": {7, 9, 10, 20, 44, 47, 232, 271},
+    "engine": {7, 9, 10, 44, 47, 271},
 }
 CLONE, CLONE3, AUDIT_ARCH_AARCH64 = 56, 435, 0xC00000B7
 
@@ -352,7 +343,7 @@ class Arena(Folder):
     def run_loader(self, model, key):
         """(frames for the gate, descriptor of the arena or None, its table, exit status)."""
         gate, loader_gate = socket.socketpair()
-        engine, loader_engine = socket.socketpair()
+        engine, loader_engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         numbers = [loader_gate.fileno(), loader_engine.fileno()]
         command = [sys.executable, "-B", ROOT / "muenclave.py", "--loader", *map(str, numbers)]
         settings = {"MODEL_PATH": str(model), "ENCLAVE_CONFINEMENT": "seccomp"}
@@ -362,15 +353,14 @@ class Arena(Folder):
             loader_engine.close()
             header = mp.read_header(model)
             gate.sendall(mp.frame(header) + mp.frame(key))
-            frames, arena, table = [], None, None
+            frames, arena = [], None
             with contextlib.suppress(EOFError):
                 while True:
                     frames.append(mp.read_frame(gate, mp.MESSAGE_LIMIT, SECONDS))
-            size, found, _, _ = socket.recv_fds(engine, 4, 1)
+            table, found, _, _ = socket.recv_fds(engine, mp.HEADER_LIMIT, 1)
             if found:
                 (arena,) = found
                 self.addCleanup(os.close, arena)
-                table = mp.read_exactly(engine, int.from_bytes(size, "big"))
             return frames, arena, table, process.wait(SECONDS)
 
     def test_nobody_can_change_it(self):
