@@ -678,7 +678,7 @@ class Full(Folder):
         pids = self.enclave.pids()
         null = [NULL] * 3
         arena = "memfd:arena (deleted)"  # sealed, so that it can be read alone
-        self.assertEqual(descriptors(pids["engine"]), [*null, arena, "socket"])
+        self.assertEqual(descriptors(pids["engine"]), [*null, arena, "proc/meminfo", "socket"])
         held = [*null, *["socket"] * 3]  # the listener, the pipes to init and to the engine
         until(lambda: descriptors(pids["gate"]) == held, "a gate that holds no more than it needs")
 
