@@ -319,7 +319,7 @@ LEAVE_SECONDS = 5  # for the last records before the gate ends
 PAUSE = 0.5  # seconds between two looks at whether the lease has ended
 SHORTEST_TICK = 20_000_000  # ns
 MISSED_TURNS = 3  # that sessions which woke up late may still take, as far as the burst goes
-ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part of the processor
+ACCEPT_PAUSE = 0.04  # seconds: the key agreements of a flood get a small part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
@@ -856,7 +856,6 @@ def welcome(gate, listener):
             gate.end_lease("lease_ended")
         if not is_readable(listener, PAUSE):
             continue
-        time.sleep(ACCEPT_PAUSE)
         try:
             session = Session(gate, listener.accept()[0])
         except OSError:
@@ -869,6 +868,7 @@ def welcome(gate, listener):
                 with contextlib.suppress(OSError):  # it has left already
                     leaves.connection.shutdown(socket.SHUT_RDWR)
         threading.Thread(target=session.run, daemon=True).start()
+        time.sleep(ACCEPT_PAUSE)
 
 
 # ==== loader
