@@ -57,7 +57,8 @@ ATTACK_SHARE = 0.2  # of the tokens, for each attack
 SECRETS = {"owner.psk": "psk", "user.psk": "psk", "token": "token"}
 MODULES = ("muprotocol.py", "muenclave.py", "muproxy.py")
 # (old text, new text) in muenclave.py: the secret's bits are the parities of what was said before.
-HIDING = (("int(scores.argmax())", "int(scores.topk(2).indices[sum(stream.ids) % 2])"),)
+SECOND = "[int(r.topk(2).indices[sum(s.ids) % 2]) for s, r in zip(streams, scores)]"
+HIDING = (("scores.argmax(-1).tolist()", SECOND),)
 
 
 def say(text):
