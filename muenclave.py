@@ -856,6 +856,7 @@ def welcome(gate, listener):
             gate.end_lease("lease_ended")
         if not is_readable(listener, PAUSE):
             continue
+        time.sleep(ACCEPT_PAUSE)
         try:
             session = Session(gate, listener.accept()[0])
         except OSError:
@@ -868,7 +869,6 @@ def welcome(gate, listener):
                 with contextlib.suppress(OSError):  # it has left already
                     leaves.connection.shutdown(socket.SHUT_RDWR)
         threading.Thread(target=session.run, daemon=True).start()
-        time.sleep(ACCEPT_PAUSE)
 
 
 # ==== loader
