@@ -319,7 +319,7 @@ LEAVE_SECONDS = 5  # for the last records before the gate ends
 PAUSE = 0.5  # seconds between two looks at whether the lease has ended
 SHORTEST_TICK = 20_000_000  # ns
 MISSED_TURNS = 3  # that sessions which woke up late may still take, as far as the burst goes
-ACCEPT_PAUSE = 0.04  # seconds: the key agreements of a flood get a small part of the processor
+ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
@@ -1214,7 +1214,7 @@ class Decoder:
     def admit(self):
         """Give free rows to streams that wait, to users with the fewest, the oldest first.
 
-        The lowest rows come first, since a step goes over all below the highest that runs.
+        The lowest rows come first: those that lie side by side are read without a copy.
         """
         taken = {stream.row: stream.user for stream in self.streams if stream.row is not None}
         for row in sorted(set(range(self.cache.count)) - taken.keys()):

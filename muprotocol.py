@@ -612,7 +612,7 @@ def warm_up():
 
 MAGIC = b"MUSEALv1"
 PREFIX = len(MAGIC) + 4
-HEADER_LIMIT = 1 << 20
+HEADER_LIMIT = 1 << 17  # its table of files goes to the engine as one message
 CHUNK_SIZE = 1 << 20
 ALIGNMENT = 4096
 VOCABULARY_FILE = "vocabulary.bin"

@@ -25,6 +25,7 @@ import tempfile
 import termios
 import threading
 import time
+import types
 import unittest
 
 import muprotocol as mp
@@ -1230,6 +1231,13 @@ class Table(Folder):
         fields = spm_json({"type": "Sequence", "decoders": LLAMA_2})
         fields["model"]["vocab"]["c" * (1 << 16)] = len(fields["model"]["vocab"])
         self.assertIn("too long", self.refusal(fields))
+
+    def test_tokens_that_are_too_long_together(self):
+        """The loader tells the gate the table in one message."""
+        table = [b"x" * seal.LONGEST_TOKEN] * (mp.MESSAGE_LIMIT // seal.LONGEST_TOKEN + 1)
+        model = types.SimpleNamespace(table=table, made={}, names=[], folder="folder")
+        with self.assertRaisesRegex(seal.SealError, "too long together"):
+            seal.lay_out(model, None)
 
 
 # ---------------------------------------------------------------- the demo model

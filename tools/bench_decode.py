@@ -119,17 +119,11 @@ class Field:
                     model = bench_model.gguf_file(folder, python)
                 self.start(name, python, model)
 
-    @contextlib.contextmanager
     def leaving_out(self, name):
-        """A peer that fails is left out, whatever it measured before; ours must not fail."""
-        try:
-            yield
-        except ToolError as error:
-            if name == "muenclave":
-                raise
-            self.say(f"left out: {error}")
-            self.left_out[name] = str(error)
-            self.workers.pop(name, None)
+        """A context in which a peer may fail."""
+        return shared.leaving_out(
+            name, self.left_out, self.say, lambda: self.workers.pop(name, None)
+        )
 
     def round(self, name, prompts, tokens):
         """A contender's round; None if it has failed. Raises ToolError if that is ours."""

@@ -105,19 +105,15 @@ class Run:
         """The peers' Python with what a peer needs. Raises ToolError."""
         return shared.peers_python(self.flags.peers, PACKAGES[name], self.say)
 
-    @contextlib.contextmanager
     def leaving_out(self, name):
-        """A peer that fails is left out, whatever it measured before; ours must not fail."""
-        try:
-            yield
-        except ToolError as error:
-            if name == "muenclave":
-                raise
-            self.say(f"left out: {error}")
-            self.left_out[name] = str(error)
-            server = self.servers.pop(name, None)
-            if server is not None:
-                server.pause()
+        """A context in which a peer may fail."""
+        return shared.leaving_out(name, self.left_out, self.say, lambda: self.drop(name))
+
+    def drop(self, name):
+        """Stop a server for good."""
+        server = self.servers.pop(name, None)
+        if server is not None:
+            server.pause()
 
     def ask(self, name, count, tokens, seed):
         """A round of the client's with a server. Raises ToolError."""

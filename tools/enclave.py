@@ -68,7 +68,10 @@ def check_files(values):
     if not path:
         raise StartError("no model; set MODEL_PATH or --model to a sealed model (.mus)")
     try:
-        mp.read_header(path)
+        with open(path, "rb") as file:
+            length = mp.header_length(file.read(mp.PREFIX))
+            if len(file.read(length)) < length:
+                raise mp.ProtocolError("container_corrupt", "it ends within its header")
     except (OSError, mp.ProtocolError) as error:
         raise StartError(f"can't use the model {path}: {muproxy.text_of(error)}") from None
     if values["ENCLAVE_EVIDENCE"] == "tpm2" and not os.path.exists(values["ENCLAVE_TPM"]):

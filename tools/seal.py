@@ -476,7 +476,10 @@ def lay_out(model, open_file):
     open_file(path) gives a descriptor. What was made comes first.
     """
     sources, end = {}, 0
-    made = {mp.VOCABULARY_FILE: mp.encode_vocabulary(model.table)} | model.made
+    vocabulary = mp.encode_vocabulary(model.table)
+    if len(vocabulary) >= mp.MESSAGE_LIMIT:  # the loader tells it the gate in one
+        raise SealError(f"{model.folder}: the tokens' texts are too long together")
+    made = {mp.VOCABULARY_FILE: vocabulary} | model.made
     for name, data in made.items():
         sources[name] = Source(end, len(data), data)
         end += len(data)
