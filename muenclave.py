@@ -575,7 +575,7 @@ class Gate:
                 reply.limit, reply.table = 2 * len(request["score"]["ids"]) + 2, mp.CODES
             self.replies[reply.slot] = reply
             self.open.append(reply)
-        self.to_engine(reply, request | {"slot": reply.slot, "user": hash(user)})
+        self.to_engine(reply, request | {"slot": reply.slot, "user": (user or "owner")[:16]})
         return reply
 
     def chain(self, reply, ended):

@@ -386,7 +386,8 @@ class Attack:
             with self.enclave.ready() as other:
                 answer = Answer(self.session, clock, {"attack": "deaf", "ticks": 2 + digit})
                 await_engine(clock)
-                missing = pipe_size() - len(mp.frame(mp.encode_json(ignored("") | {"slot": 1})))
+                empty = ignored("") | {"slot": 1, "user": "0" * 16}
+                missing = pipe_size() - len(mp.frame(mp.encode_json(empty)))
                 before = clock["sleeps"]
                 other.link.sendall(other.sealer.seal_json(ignored("a" * missing))[0])
                 until(lambda b=before: clock["sleeps"] != b)  # it is in the pipe, then

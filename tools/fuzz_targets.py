@@ -285,7 +285,7 @@ def check_prefix(data):
         if len(data) < 12 or data[:8] != b"MUSEALv1":
             raise oracle.Refused("container_corrupt")
         (length,) = struct.unpack_from(">I", data, 8)
-        if not 2 <= length <= 1 << 20:
+        if not 2 <= length <= 1 << 17:
             raise oracle.Refused("container_corrupt")
         return length
 
