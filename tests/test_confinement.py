@@ -841,8 +841,10 @@ class AtRest(Folder):
     def with_weights(self, *folders):
         """The files, changed since the start, that hold a window of a tensor."""
         found = set()
-        for path in (path for folder in folders for path in pathlib.Path(folder).rglob("*")):
-            with contextlib.suppress(OSError):  # another process's, and gone
+        # os.walk, unlike rglob, goes on where a folder of another process is gone.
+        walks = (place for folder in folders for place in os.walk(folder))
+        for path in (pathlib.Path(at, name) for at, _, names in walks for name in names):
+            with contextlib.suppress(OSError):  # so is a file
                 if path.is_file() and path.lstat().st_ctime >= self.start - 1:
                     if self.windows.are_in(path.read_bytes()):
                         found.add(path)
