@@ -20,6 +20,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -47,8 +48,8 @@ CONFIG_FILE = "/etc/muenclave.conf"
 MANIFEST_FILE = "/etc/muenclave.manifest"  # of the image: its SHA-256 is what a guest says it is
 SETTINGS = """
 MODEL_PATH=  ENCLAVE_PORT=9000  ENCLAVE_BIND=127.0.0.1  ENCLAVE_EVIDENCE=psk
-ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpm0  ENCLAVE_MEASUREMENT=
-ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8
+ENCLAVE_OWNER_PSK=  ENCLAVE_USER_PSK=  ENCLAVE_TPM=/dev/tpmrm0  ENCLAVE_MEASUREMENT=
+ENCLAVE_RATE=5120  ENCLAVE_BURST=32768  ENCLAVE_SESSIONS=64  ENCLAVE_SLOTS=8  ENCLAVE_RANKS=1
 ENCLAVE_CONTEXT=4096  ENCLAVE_DEVICE=cpu  ENCLAVE_THREADS=0  ENCLAVE_CONFINEMENT=seccomp
 """
 DEFAULTS = dict(word.split("=") for word in SETTINGS.split())
@@ -70,7 +71,8 @@ UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
 # == value. clone makes threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN).
 # ioctl makes a socket non-blocking (FIONBIO), setsockopt sets SO_SNDTIMEO; fcntl seals and
 # duplicates (1030, F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and
-# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be.
+# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be. Ranks
+# talk by writev and epoll_wait, on connections that they had before.
 SYSCALLS = """
 read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
 rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
@@ -81,7 +83,7 @@ ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, gets
 pread64 17 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
-fcntl 72 e 1 0xFFFFFFFF 1030
+fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -319,7 +321,7 @@ LEAVE_SECONDS = 5  # for the last records before the gate ends
 PAUSE = 0.5  # seconds between two looks at whether the lease has ended
 SHORTEST_TICK = 20_000_000  # ns
 MISSED_TURNS = 3  # that sessions which woke up late may still take, as far as the burst goes
-ACCEPT_PAUSE = 0.05  # seconds: the key agreements of a flood get a small part of the processor
+ARRIVALS = (20, 40)  # a second, at once: a flood's key agreements get a part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
@@ -341,7 +343,6 @@ class Psk:
         return mp.psk_proof(self._secrets[role], data)
 
 
-TRANSIENT_HANDLES = range(0x80000000, 0x80000003)  # as many as every TPM has places for
 EVENT_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
 EVENT_LOG_LIMIT = 256 << 10  # bytes: firmware, the host's, can make it as long as it likes
 
@@ -349,17 +350,13 @@ EVENT_LOG_LIMIT = 256 << 10  # bytes: firmware, the host's, can make it as long 
 class Tpm2:
     """Evidence of a measured boot: a TPM 2.0's quote of the PCRs, by a key that signs nothing else.
 
-    The key stays loaded and the device open for as long as the gate runs, which alone uses it.
+    The kernel's resource manager (/dev/tpmrm0) forgets the key when the gate ends.
     log: the firmware's event log (TCG PC Client Platform Firmware Profile, 10), b"" without one.
     """
 
     def __init__(self, settings):
         self._lock, self.log = threading.Lock(), b""
         self._device = os.open(settings["ENCLAVE_TPM"], os.O_RDWR | os.O_CLOEXEC)
-        for handle in TRANSIENT_HANDLES:  # of a gate before this one
-            with contextlib.suppress(OSError):
-                flush = mp.tpm_command(mp.TPM_CC_FLUSH, b"", handle.to_bytes(4, "big"))
-                mp.tpm_ask(self._device, flush)
         create = mp.tpm_create_primary(mp.ATTESTATION_KEY + bytes(2))
         self._key, _ = mp.tpm_created(mp.tpm_ask(self._device, create))
         # The PCRs' values are read as they are; what they are worth, the quote decides.
@@ -849,6 +846,7 @@ def welcome(gate, listener):
 
     When all places are taken, the oldest peer that has proved nothing makes room.
     """
+    arrivals = mp.Meter(*ARRIVALS, -2 * mp.NANOSECOND)  # full
     while gate.code is None:
         if gate.is_draining and not gate.open:
             gate.end_lease("draining")
@@ -856,7 +854,8 @@ def welcome(gate, listener):
             gate.end_lease("lease_ended")
         if not is_readable(listener, PAUSE):
             continue
-        time.sleep(ACCEPT_PAUSE)
+        while not arrivals.take(1, time.monotonic_ns()):
+            time.sleep(arrivals.wait(1, time.monotonic_ns()) / mp.NANOSECOND)
         try:
             session = Session(gate, listener.accept()[0])
         except OSError:
@@ -897,7 +896,8 @@ def loader_main(settings, gate, engine):
     fcntl.fcntl(arena, fcntl.F_ADD_SEALS, seals)
     gate.sendall(mp.frame(b"v" + vocabulary))
     table = mp.encode_json({"length": container.length, "files": container.files})
-    socket.send_fds(engine, [table], [arena])
+    for _ in range(int(settings["ENCLAVE_RANKS"])):
+        socket.send_fds(engine, [table], [arena])
     return 0
 
 
@@ -934,33 +934,64 @@ COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could over
 # Of a config: within these, all is attended to by its position.
 WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 WARM_CONFIG = """{"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size":
-    256, "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0}"""
+    256, "num_attention_heads": 16, "num_key_value_heads": 8, "pad_token_id": 0}"""
 WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
     "masks": {}, "names": {}, "pattern": "c", "ids": [], "special": [], "prefix": [], "variables":
     {}, "template": "{% macro f(x) %}{{ x | trim | tojson }}{% endmacro %}{{ f('ab') }}"}"""
 
 
 def engine_main(settings, gate, loader):
-    """Import, warm up, confine; only then take the arena; build the model, serve until killed."""
-    drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
+    """Import, warm up, confine; only then take the arena; build the model, serve until killed.
+
+    All of its ranks do, a process each, of which only the first has the gate's pipe.
+    """
+    device, ranks = settings["ENCLAVE_DEVICE"], int(settings["ENCLAVE_RANKS"])
     try:
-        warm_up(mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode(), settings)
+        model_type = mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode()
+        rank = next((number for number in range(1, ranks) if os.fork() == 0), 0)
+        drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
+        if ranks > 1:
+            device = join_ranks(rank, ranks, int(settings["ENCLAVE_PORT"]) + 1)
+        warm_up(model_type, settings, device)
         confine("engine")
         with loader:
             files = map_arena(loader)
         fields, facts, prompts = (json.loads(bytes(files[name])) for name in ENGINE_FILES)
-        model = build_model(fields, read_state(files, facts["tensors"]), settings["ENCLAVE_DEVICE"])
-        decoder = Decoder(model, facts, Prompter(prompts), settings, gate)
+        model = build_model(fields, read_state(files, facts["tensors"]), device)
+        decoder = Decoder(model, facts, Prompter(prompts), settings, None if rank else gate)
     except EOFError:
         return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
-        kinds = {ImportError: "no_engine", OSError: "no_engine", MemoryError: "out_of_memory"}
-        code = next((kinds[kind] for kind in kinds if isinstance(error, kind)), "model_invalid")
-        gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.FAILURES.index(code)))
+        gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.failure(error)))
         return 1
-    gate.sendall(mp.PIPE.pack(mp.LOADED, 0, decoder.context))
+    decoder.out += mp.PIPE.pack(mp.LOADED, 0, decoder.context)
     decoder.serve()
+
+
+def join_ranks(rank, ranks, port):
+    """Connect all ranks, which can't be done later. Returns a DistributedConfig.
+
+    transformers would connect them anew for every model: it gets one mesh for all.
+    """
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    from transformers.distributed import DistributedConfig, mixin
+
+    config = DistributedConfig(tp_size=ranks)
+    mesh = mixin.initialize_distributed_mesh(config)
+    mixin.initialize_distributed_mesh = lambda _: mesh
+    return config
+
+
+def share(value):
+    """What the first rank has, in all of them: they must take the same steps."""
+    from torch import distributed
+
+    values = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def map_arena(loader):
@@ -999,15 +1030,14 @@ def read_state(files, tensors):
 def build_model(fields, state, device):
     """transformers' own class for the config, filled from memory; no path, no remote code.
 
-    fields: config.json. state: {name: tensor}.
+    fields: config.json. state: {name: tensor}. device: its name, or how ranks share it.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     dtype = config.dtype or next(iter(state.values())).dtype
-    if any(t.is_floating_point() and t.itemsize < dtype.itemsize for t in state.values()):
-        raise ValueError("the tensors would not stay as they are stored")
-    options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": device}
+    place = "device_map" if isinstance(device, str) else "distributed_config"
+    options = {"config": config, "state_dict": state, "dtype": dtype, place: device}
     options |= {"output_loading_info": True, "generation_config": GenerationConfig()}
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
@@ -1015,7 +1045,7 @@ def build_model(fields, state, device):
     return model.eval()
 
 
-def warm_up(model_type, settings):
+def warm_up(model_type, settings, device):
     """Import and run what the real model will use, on a tiny one: later nothing can be opened."""
     import jinja2.debug  # noqa: F401  for a template that is wrong
     import torch
@@ -1024,8 +1054,8 @@ def warm_up(model_type, settings):
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    model = build_model(config.to_dict(), tiny.state_dict(), settings["ENCLAVE_DEVICE"])
-    facts = {"context": None, "ends": [], "sampling": mp.NEUTRAL | {"temperature": 1}}
+    model = build_model(config.to_dict(), tiny.state_dict(), device)
+    facts = {"context": 64, "ends": [], "sampling": mp.NEUTRAL | {"temperature": 1}}
     decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
     decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
@@ -1088,8 +1118,8 @@ class Prompter:
 class SlotCache:
     """Keys and values of all streams, a row each with its own positions; transformers' cache.
 
-    The decoder says before each pass which `rows` and `positions` are written, and how many
-    positions, the `span`, are looked at.
+    The decoder says before each pass which places are written, by their `index`, and what is looked
+    at: the rows of a `view`, as many positions as the `span`.
     """
 
     def __init__(self, count, context):
@@ -1102,13 +1132,9 @@ class SlotCache:
             size = (self.count, keys.shape[1], self.context)
             self.layers[layer] = [new.new_zeros(*size, new.shape[3]) for new in (keys, values)]
             self.stores += self.layers[layer]
-        view, first = self.rows, self.rows[0]
-        if view == list(range(first, first + len(view))):
-            view = slice(first, first + len(view))  # of which no copy is made
-        at = self.positions.new_tensor(self.rows)[:, None]
         for store, new in zip(self.layers[layer], (keys, values)):
-            store[at, :, self.positions] = new.transpose(1, 2)
-        return tuple(store[view, :, : self.span] for store in self.layers[layer])
+            store[self.index] = new.transpose(1, 2)
+        return tuple(store[self.view, :, : self.span] for store in self.layers[layer])
 
     def get_seq_length(self, *_):
         """Tokens cached; positions are always given, so it only has to be a number."""
@@ -1137,15 +1163,10 @@ class Decoder:
 
     def measure_room(self):
         """How many tokens fit into the memory that is free now. Raises MemoryError for none."""
-        import torch
-
         self.cache = SlotCache(1, 1)
         self.forward([0], [[1]], [0])
-        memory_file().seek(0)
-        kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
-        is_gpu = self.model.device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if is_gpu else int(kib) * 1024
-        room = int(free * CACHE_SHARE) // sum(store.nbytes for store in self.cache.stores)
+        free, size = free_memory(self.model.device), sum(s.nbytes for s in self.cache.stores)
+        room = share(int(free * CACHE_SHARE) // size)
         if not room:
             raise MemoryError
         return room
@@ -1170,11 +1191,15 @@ class Decoder:
     def serve(self):
         """Take messages and make tokens; EOFError or OSError end it when the gate is gone."""
         while True:
-            while is_readable(self.gate, 0 if self.streams or self.out else None):
-                self.take(json.loads(mp.read_frame(self.gate, mp.MESSAGE_LIMIT)))
-            self.step()
-            self.gate.sendall(self.out)
+            if self.gate:
+                self.gate.sendall(self.out)
             self.out.clear()
+            heard = []
+            while self.gate and is_readable(self.gate, 0 if self.streams or heard else PAUSE):
+                heard.append(mp.read_frame(self.gate, mp.MESSAGE_LIMIT))
+            for message in share(heard):
+                self.take(json.loads(message))
+            self.step()
 
     def take(self, message):
         """A request or a cancel from the gate."""
@@ -1226,15 +1251,13 @@ class Decoder:
 
     def reuse(self, stream, row):
         """Begin a row with the whole chunks of the prompt that another holds for the same user."""
-        source = row
         for other in [other for other in self.last if other and other.user == stream.user]:
-            size, most = stream.cached + CHUNK, min(other.cached, len(stream.ids) - 1)
-            while size <= most and stream.ids[:size] == other.ids[:size]:
-                source, stream.cached = other.row, size
-                size += CHUNK
-        if source != row:
-            for store in self.cache.stores:
-                store[row, :, : stream.cached] = store[source, :, : stream.cached]
+            alike = os.path.commonprefix([stream.ids[:-1], other.ids[: other.cached]])
+            size = len(alike) // CHUNK * CHUNK
+            if size > stream.cached:
+                stream.cached = size
+                for store in self.cache.stores:
+                    store[row, :, :size] = store[other.row, :, :size]
 
     def advance(self, streams):
         """A pass over the next chunk of each; a token for those that are all in the cache."""
@@ -1256,16 +1279,17 @@ class Decoder:
         width, device, dtype = max(map(len, chunks)), self.model.device, self.model.dtype
         places = [[min(at, len(chunk) - 1) for at in range(width)] for chunk in chunks]
         tokens = [[chunk[at] for at in place] for chunk, place in zip(chunks, places)]
-        self.cache.rows, self.cache.span = rows, width + max(starts)
+        is_block = rows == list(range(rows[0], rows[0] + len(rows)))  # of which no copy is made
+        self.cache.view = slice(rows[0], rows[0] + len(rows)) if is_block else rows
+        self.cache.span = width + max(starts)
+        put = functools.partial(torch.tensor, device=device)
         with torch.no_grad():
-            tokens, places, starts = (
-                torch.tensor(v, device=device) for v in (tokens, places, starts)
-            )
-            positions = self.cache.positions = places + starts[:, None]
+            positions = put(places) + put(starts)[:, None]
+            self.cache.index = put(rows)[:, None], slice(None), positions
             span = torch.arange(self.cache.span, device=device)
             mask = (span > positions[:, None, :, None]).to(dtype) * torch.finfo(dtype).min
             facts = {"position_ids": positions, "attention_mask": mask, "cache": self.cache}
-            output = self.model(tokens, **facts, use_cache=True, logits_to_keep=1)
+            output = self.model(put(tokens), **facts, use_cache=True, logits_to_keep=1)
             return output.logits[:, -1].float()
 
     def emit(self, streams, logits):
@@ -1274,13 +1298,11 @@ class Decoder:
         for stream, row, token in zip(streams, scores, scores.argmax(-1).tolist()):
             token = self.judge(stream, row) if stream.score else token
             stream.ids.append(token)
-            if token in self.ends:
-                self.end(stream, "stop")
-                continue
-            if not stream.score:
+            is_end = token in self.ends
+            if not (is_end or stream.score):
                 self.out += mp.PIPE.pack(mp.ID, stream.slot, token)
-            if len(stream.ids) >= stream.limit:
-                self.end(stream, "length")
+            if is_end or len(stream.ids) >= stream.limit:
+                self.end(stream, "stop" if is_end else "length")
 
     def judge(self, stream, scores):
         """Tell how the next token of an answer that is given scores, after the last one an end of
@@ -1297,12 +1319,20 @@ class Decoder:
 
 def first_prompts(streams):
     """As many as make no more than CHUNK tokens in one pass, filled up to the longest of them."""
-    longest = 0
-    for count, stream in enumerate(streams):
-        longest = max(longest, len(stream.ids) - stream.cached)
-        if count and longest * (count + 1) > CHUNK:
-            return streams[:count]
-    return streams
+    longest = itertools.accumulate((len(stream.ids) - stream.cached for stream in streams), max)
+    count = sum(size * number <= CHUNK for number, size in enumerate(longest, 1))
+    return streams[: max(count, 1)]
+
+
+def free_memory(device):
+    """Bytes that are free on a device, for each of the ranks that share it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    memory_file().seek(0)
+    kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
+    return int(kib) * 1024 // int(os.environ.get("WORLD_SIZE", 1))
 
 
 @functools.cache

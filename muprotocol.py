@@ -842,6 +842,16 @@ REFUSALS = ("prompt_invalid", "prompt_too_long", "too_many_tokens")
 # After these a session goes on: the request was wrong, or its moment.
 CORRECTABLE = (*REFUSALS, "bad_json", "bad_message", "policy_refused", "busy", "engine_lost")
 FAILURES = ("model_invalid", "no_engine", "out_of_memory")
+
+
+def failure(error):
+    """The number in FAILURES of what an engine was ended by; torch has an error of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"MemoryError", "OutOfMemoryError"}:
+        return 2
+    return int(not names.isdisjoint({"ImportError", "OSError"}))
+
+
 ENDING_BITS = 32  # of an ending, refusal or failure that an engine chooses, and of its moment
 LENGTH_BITS = 32  # of a number that the engine reports
 

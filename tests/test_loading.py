@@ -22,6 +22,8 @@ import muenclave
 import muprotocol as mp
 from tests import support
 
+import weights  # isort: skip  (from tools/, which tests.support has put on the path)
+
 CHUNKS = 4 << 20  # bytes: what two workers hold at a time, sealed and plain
 # Layers of the two models, alike otherwise, whose difference in memory is what the weights take.
 SMALL, LARGE = 1, 9
@@ -216,22 +218,34 @@ class Views(unittest.TestCase):
 
 
 class Stored(unittest.TestCase):
-    """Tensors that would have to grow are refused."""
+    """Tensors that would have to grow are not sealed."""
 
-    def test_quantised(self):
-        source = transformers.AutoModelForCausalLM.from_pretrained(support.demo_model())
-        fields, state = source.config.to_dict(), source.state_dict()
-        muenclave.build_model(fields, state, "cpu")
-        name = "model.layers.0.mlp.up_proj.weight"
-        scale = {f"{name}_scale_inv": torch.ones(4, 2)}
-        method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        quantised = {name: state[name].to(torch.float8_e4m3fn)}
-        for more, tensors in (
-            ({}, quantised),
-            ({"quantization_config": method}, quantised | scale),
+    def test_as_they_are(self):
+        for said in ({}, {"dtype": "bfloat16"}, {"torch_dtype": "float16"}, {"dtype": "new"}):
+            weights.check_types([["a", "BF16"], ["b", "F32"], ["c", "U8"]], said)
+        weights.check_types([["a", "F32"], ["b", "F32"]], {"dtype": "bfloat16"})
+
+    def test_refused(self):
+        for said, tensors in (
+            ({}, [["a", "BF16"], ["b", "F8_E4M3"]]),
+            ({"dtype": "float32"}, [["a", "F32"], ["b", "BF16"]]),
+            ({"torch_dtype": "bfloat16"}, [["b", "F8_E5M2"], ["a", "BF16"]]),
         ):
-            with self.assertRaisesRegex(ValueError, "as they are stored"):
-                muenclave.build_model(fields | more, state | tensors, "cpu")
+            with self.assertRaisesRegex(ValueError, "^b: it would not stay as it is stored"):
+                weights.check_types(tensors, said)
+
+    def test_sealing(self):
+        """A model whose config asks for more than its file holds."""
+        with tempfile.TemporaryDirectory() as folder:
+            model = pathlib.Path(folder, "model")
+            shutil.copytree(support.demo_model(), model)
+            config = json.loads((model / "config.json").read_text())
+            wide = {"dtype": "float64", "torch_dtype": "float64"}
+            (model / "config.json").write_text(json.dumps(config | wide))
+            done = support.seal(model, f"{folder}/m.mus", "--key", f"{folder}/m.key")
+            self.assertEqual((done.status, done.out), (1, ""))
+            self.assertRegex(done.err, r"\Aseal: error: .*stay as it is stored.*\n\Z")
+            self.assertEqual(list(pathlib.Path(folder).iterdir()), [model])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import muproxy  # noqa: E402
 LEVELS = ("full", "seccomp")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
 LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
+LEAST["ENCLAVE_RANKS"] = 1
 # What else of the environment the enclave gets: whatever it inherits, its engine can read.
 KEPT = ("PATH", "PYTHONPATH", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -60,6 +61,12 @@ def check_settings(values, source):
     for name, known in words:
         if values.get(name, known[0]) not in known:
             raise StartError(f"{name} must be one of {', '.join(known)}")
+
+
+def check_ranks(values):
+    """Refuse ranks that would have nowhere to meet. Raises StartError."""
+    if int(values["ENCLAVE_RANKS"]) > 1 and int(values["ENCLAVE_PORT"]) == 0:
+        raise StartError("ENCLAVE_PORT must be said for ranks: they meet at the port behind it")
 
 
 def check_files(values):
@@ -119,6 +126,7 @@ def main(argv=None):
         values |= found | {name: value for name, value in given.items() if value is not None}
         check_settings(values, "the environment")
         values = muenclave.DEFAULTS | values
+        check_ranks(values)
         check_machine(values["ENCLAVE_CONFINEMENT"])
         check_files(values)
         manifest = measure.local_manifest(sys.executable, flags["code"])

@@ -16,6 +16,7 @@ ITEM_SIZES = dict.fromkeys("U8 I8 BOOL F8_E4M3 F8_E5M2".split(), 1)  # bytes
 ITEM_SIZES |= dict.fromkeys("U16 I16 F16 BF16".split(), 2)
 ITEM_SIZES |= dict.fromkeys("U32 I32 F32".split(), 4)
 ITEM_SIZES |= dict.fromkeys("I64 F64".split(), 8)
+FLOATS = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # a config's dtype: bytes
 
 
 def safetensors_entries(data):
@@ -56,6 +57,7 @@ def make_facts(tensors, config, generation):
 
     tensors: as above. config, generation: config.json and generation_config.json, {} for none.
     """
+    check_types(tensors, config)
     ends = generation.get("eos_token_id")
     ends = config.get("eos_token_id") if ends is None else ends
     ends = ends if isinstance(ends, list) else [ends]
@@ -63,6 +65,21 @@ def make_facts(tensors, config, generation):
         raise ValueError("config.json: no eos_token_id says which token ends an answer")
     facts = {"tensors": tensors, "context": longrope_context(config), "ends": ends}
     return facts | {"sampling": sampling_defaults(generation)}
+
+
+def check_types(tensors, config):
+    """Raise ValueError for a tensor that the engine would have to widen to the config's type:
+    weights are in memory as they are stored, or not at all.
+    """
+    floats = [(name, dtype) for name, dtype, *_ in tensors if "F" in dtype]
+    said = config.get("dtype") or config.get("torch_dtype")
+    if not floats or said not in (None, *FLOATS):
+        return  # the engine refuses a type that it does not know
+    wanted = FLOATS[said] if said else ITEM_SIZES[floats[0][1]]
+    narrow = next((name for name, dtype in floats if ITEM_SIZES[dtype] < wanted), None)
+    if narrow is not None:
+        kind = said or floats[0][1]
+        raise ValueError(f"{narrow}: it would not stay as it is stored, in a model of {kind}")
 
 
 def sampling_defaults(generation):
