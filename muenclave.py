@@ -948,10 +948,11 @@ def engine_main(settings, gate, loader):
     device, ranks = settings["ENCLAVE_DEVICE"], int(settings["ENCLAVE_RANKS"])
     try:
         model_type = mp.read_frame(gate, mp.HANDSHAKE_FRAME).decode()
+        meeting = socket.create_server(("127.0.0.1", 0)) if ranks > 1 else None
         rank = next((number for number in range(1, ranks) if os.fork() == 0), 0)
         drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
-        if ranks > 1:
-            device = join_ranks(rank, ranks, int(settings["ENCLAVE_PORT"]) + 1)
+        if meeting:
+            device = join_ranks(rank, ranks, meeting)
         warm_up(model_type, settings, device)
         confine("engine")
         with loader:
@@ -968,16 +969,19 @@ def engine_main(settings, gate, loader):
     decoder.serve()
 
 
-def join_ranks(rank, ranks, port):
+def join_ranks(rank, ranks, meeting):
     """Connect all ranks, which can't be done later. Returns a DistributedConfig.
 
-    transformers would connect them anew for every model: it gets one mesh for all.
+    meeting: where the first one listens. transformers would connect them anew for every model: it
+    gets one mesh for all.
     """
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    place |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    from torch import distributed
     from transformers.distributed import DistributedConfig, mixin
 
+    address, listens = meeting.getsockname(), {"master_listen_fd": meeting.detach()}
+    store = distributed.TCPStore(*address, ranks, rank == 0, **listens)
+    distributed.init_process_group(store=store, rank=rank, world_size=ranks)
     config = DistributedConfig(tp_size=ranks)
     mesh = mixin.initialize_distributed_mesh(config)
     mixin.initialize_distributed_mesh = lambda _: mesh
@@ -1152,21 +1156,27 @@ class Decoder:
         self.model, self.prompter, self.gate = model, prompter, gate
         self.ends, self.sampling = facts["ends"], facts["sampling"]
         limits = [getattr(model.config, name, None) for name in WINDOWS]
-        limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"], self.measure_room()]
+        room = self.measure_room(int(settings["ENCLAVE_RANKS"]))
+        limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"], room]
         self.context = min(filter(None, limits))
-        count = min(limits[-1] // self.context, int(settings["ENCLAVE_SLOTS"]))
+        count = min(room // self.context, int(settings["ENCLAVE_SLOTS"]))
         self.cache = SlotCache(count, self.context)
         self.streams = []  # in the order in which they came
         self.last = [None] * count  # of each row, the stream that is or was in it
         self.out = bytearray()
         self.check()
 
-    def measure_room(self):
+    def measure_room(self, ranks):
         """How many tokens fit into the memory that is free now. Raises MemoryError for none."""
+        import torch
+
         self.cache = SlotCache(1, 1)
         self.forward([0], [[1]], [0])
-        free, size = free_memory(self.model.device), sum(s.nbytes for s in self.cache.stores)
-        room = share(int(free * CACHE_SHARE) // size)
+        memory_file().seek(0)
+        kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
+        is_gpu = self.model.device.type == "cuda"
+        free = torch.cuda.mem_get_info()[0] if is_gpu else int(kib) * 1024 // ranks
+        room = share(int(free * CACHE_SHARE) // sum(s.nbytes for s in self.cache.stores))
         if not room:
             raise MemoryError
         return room
@@ -1322,17 +1332,6 @@ def first_prompts(streams):
     longest = itertools.accumulate((len(stream.ids) - stream.cached for stream in streams), max)
     count = sum(size * number <= CHUNK for number, size in enumerate(longest, 1))
     return streams[: max(count, 1)]
-
-
-def free_memory(device):
-    """Bytes that are free on a device, for each of the ranks that share it."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    memory_file().seek(0)
-    kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
-    return int(kib) * 1024 // int(os.environ.get("WORLD_SIZE", 1))
 
 
 @functools.cache

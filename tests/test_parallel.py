@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -16,7 +15,6 @@ import warnings
 import torch
 import transformers
 
-import muenclave
 import muprotocol as mp
 import muproxy
 from tests import support
@@ -85,15 +83,6 @@ def ask_all(enclave):
     return [found.get(number) for number in range(len(REQUESTS))]
 
 
-def free_port():
-    """A port with a free one behind it, where the ranks are to meet."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one, contextlib.suppress(OSError):
-            port = one.getsockname()[1]
-            with socket.create_server(("127.0.0.1", port + 1)):
-                return port
-
-
 def processor_seconds(pid):
     """What a process has used of the processors."""
     words = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -113,7 +102,7 @@ class Ranks(unittest.TestCase):
         with support.Enclave(cls.site, *flags) as one:
             one.unlock()
             cls.wanted = ask_all(one)
-        ranks = ("--ranks", str(RANKS), "--port", str(free_port()))
+        ranks = ("--ranks", str(RANKS))
         cls.enclave = stack.enter_context(support.Enclave(cls.site, *flags, *ranks))
         cls.enclave.unlock()
 

@@ -63,12 +63,6 @@ def check_settings(values, source):
             raise StartError(f"{name} must be one of {', '.join(known)}")
 
 
-def check_ranks(values):
-    """Refuse ranks that would have nowhere to meet. Raises StartError."""
-    if int(values["ENCLAVE_RANKS"]) > 1 and int(values["ENCLAVE_PORT"]) == 0:
-        raise StartError("ENCLAVE_PORT must be said for ranks: they meet at the port behind it")
-
-
 def check_files(values):
     """Refuse a model or a secret that can't be read. Raises StartError."""
     path = values["MODEL_PATH"]
@@ -126,7 +120,6 @@ def main(argv=None):
         values |= found | {name: value for name, value in given.items() if value is not None}
         check_settings(values, "the environment")
         values = muenclave.DEFAULTS | values
-        check_ranks(values)
         check_machine(values["ENCLAVE_CONFINEMENT"])
         check_files(values)
         manifest = measure.local_manifest(sys.executable, flags["code"])
