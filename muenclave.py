@@ -1155,10 +1155,9 @@ class Decoder:
     def __init__(self, model, facts, prompter, settings, gate):
         self.model, self.prompter, self.gate = model, prompter, gate
         self.ends, self.sampling = facts["ends"], facts["sampling"]
-        limits = [getattr(model.config, name, None) for name in WINDOWS]
         room = self.measure_room(int(settings["ENCLAVE_RANKS"]))
-        limits += [int(settings["ENCLAVE_CONTEXT"]), facts["context"], room]
-        self.context = min(filter(None, limits))
+        limits = [getattr(model.config, name, None) for name in WINDOWS] + [facts["context"], room]
+        self.context = min(filter(None, [*limits, int(settings["ENCLAVE_CONTEXT"])]))
         count = min(room // self.context, int(settings["ENCLAVE_SLOTS"]))
         self.cache = SlotCache(count, self.context)
         self.streams = []  # in the order in which they came
