@@ -170,6 +170,8 @@ GRANTED = {
         "fcntl F_ADD_SEALS",
         "pwrite64",
         "pread64",
+        "writev",
+        "epoll_wait",
         "read",
         "write",
         "sendto",
@@ -180,7 +182,14 @@ ALL_MAY = ("clone3", "read", "write", "sendto")
 MAY = {
     "gate": ("accept", "shutdown", "setsockopt SO_SNDTIMEO", "recvmsg", *ALL_MAY),
     "loader": ("sendmsg", "fcntl F_ADD_SEALS", "pread64", "pwrite64", *ALL_MAY),
-    "engine": ("mmap executable", "mprotect executable", "recvmsg", *ALL_MAY),
+    "engine": (
+        "mmap executable",
+        "mprotect executable",
+        "recvmsg",
+        "writev",
+        "epoll_wait",
+        *ALL_MAY,
+    ),
 }
 
 
@@ -300,7 +309,7 @@ COMMON = set(map(int, COMMON.split()))
 OWN = {
     "gate": {7, 9, 10, 44, 47, 48, 51, 55, 271, 288},
     "loader": {9, 10, 17, 18, 44, 46},
-    "engine": {7, 9, 10, 44, 47, 271},
+    "engine": {7, 9, 10, 20, 44, 47, 232, 271},
 }
 CLONE, CLONE3, AUDIT_ARCH_AARCH64 = 56, 435, 0xC00000B7
 
