@@ -262,7 +262,10 @@ def guest_main(settings):
     """Mounts and log; then the enclave, whose settings are measured. The guest ends with it."""
     try:
         mount("proc", "/proc", "proc", NO_FILES, b"hidepid=2")
-        mount("sysfs", "/sys", "sysfs", NO_FILES | MS_RDONLY)
+        mount("sysfs", "/sys", "sysfs", NO_FILES)
+        with open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "wb") as file:
+            file.write(b"always")  # for the arena: huge pages are soon made, and soon found
+        mount("", "/sys", "", MS_REMOUNT | MS_BIND | MS_RDONLY | NO_FILES)
         mount("securityfs", "/sys/kernel/security", "securityfs", NO_FILES | MS_RDONLY)
         mount("devtmpfs", "/dev", "devtmpfs", ONLY_DEVICES)
         os.dup2(os.open("/dev/ttyS0", os.O_WRONLY | os.O_NOCTTY), 2)
@@ -321,7 +324,6 @@ LEAVE_SECONDS = 5  # for the last records before the gate ends
 PAUSE = 0.5  # seconds between two looks at whether the lease has ended
 SHORTEST_TICK = 20_000_000  # ns
 MISSED_TURNS = 3  # that sessions which woke up late may still take, as far as the burst goes
-ARRIVALS = (20, 40)  # a second, at once: a flood's key agreements get a part of the processor
 HANDSHAKE_SHARE = 16  # a 16th of the rate: strangers can't starve the lease, nor it them
 RESPAWNS = 8  # engine deaths in a lease
 SEND_BUFFER = 8 << 10  # what a peer does not take waits here, not in the kernel
@@ -565,9 +567,9 @@ class Gate:
                 raise ProtocolError("busy")
             reply = types.SimpleNamespace(slot=min(free), ids=collections.deque(), due=0)
             reply.limit = min(request.get("max_new_tokens", self.context), self.context)
-            reply.ending, reply.prompt_tokens = None, 0  # ending: as in the chain of exchanges
-            reply.lease, reply.request, reply.sent = self.account.lease, request, []
-            reply.table = self.vocabulary
+            # ending: as in the chain of exchanges.
+            reply.ending, reply.prompt_tokens, reply.sent = None, 0, []
+            reply.lease, reply.request, reply.table = self.account.lease, request, self.vocabulary
             if "score" in request:
                 reply.limit, reply.table = 2 * len(request["score"]["ids"]) + 2, mp.CODES
             self.replies[reply.slot] = reply
@@ -846,7 +848,8 @@ def welcome(gate, listener):
 
     When all places are taken, the oldest peer that has proved nothing makes room.
     """
-    arrivals = mp.Meter(*ARRIVALS, -2 * mp.NANOSECOND)  # full
+    # Key agreements: 20 a second, 40 at once, so that a flood gets a part of the processor.
+    arrivals = mp.Meter(20, 40, -2 * mp.NANOSECOND)
     while gate.code is None:
         if gate.is_draining and not gate.open:
             gate.end_lease("draining")
@@ -904,19 +907,20 @@ def loader_main(settings, gate, engine):
 def unseal(disk, container, cipher, arena, gate):
     """Fill the arena, all chunks in parallel; return the vocabulary table in it.
 
-    The kernel need not clear new pages that are written, as it would if they were mapped.
+    The kernel need not clear new pages that are written, as it would if they were mapped. The last
+    chunk is the first: in a file that has its size, pages are huge where the kernel makes such.
     Raises InvalidTag for a chunk that fails authentication, as one that is cut off does.
     """
     workers = min(len(os.sched_getaffinity(0)), container.chunks)
 
     def work(first):
-        for index in range(first, container.chunks, workers):
+        for index in reversed(range(first, container.chunks, workers)):
             offset, start, size, nonce = container.chunk(index)
             sealed = os.pread(disk, size + mp.TAG, offset)  # once: the host can change a disk
             if os.pwrite(arena, cipher.decrypt(nonce, sealed, None), start) != size:
                 raise MemoryError("no room for the arena")
             if first == 0 and index * 10 % container.chunks < 10 * workers:  # a tenth more
-                gate.sendall(mp.frame(b"p" + bytes([index * 10 // container.chunks])))
+                gate.sendall(mp.frame(b"p" + bytes([10 - index * 10 // container.chunks])))
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))
@@ -960,8 +964,6 @@ def engine_main(settings, gate, loader):
         fields, facts, prompts = (json.loads(bytes(files[name])) for name in ENGINE_FILES)
         model = build_model(fields, read_state(files, facts["tensors"]), device)
         decoder = Decoder(model, facts, Prompter(prompts), settings, None if rank else gate)
-    except EOFError:
-        return 1  # loader or gate have failed, and have said so
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
         gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.failure(error)))
         return 1
@@ -1063,7 +1065,6 @@ def warm_up(model_type, settings, device):
     decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
     chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
     decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
-    decoder.take({"prompt": "ab", "slot": 1, "seed": 2, "max_new_tokens": 3})
     while decoder.streams:
         decoder.step()
 
@@ -1221,14 +1222,14 @@ class Decoder:
         except Exception:  # noqa: BLE001  templates raise what they like
             ids = []
         is_invalid = not ids or max(ids) >= self.model.config.vocab_size
-        size, wanted = len(ids), message.get("max_new_tokens", 0)
-        refusals = (is_invalid, size >= self.context, size + wanted > self.context)
+        size = len(ids)
+        limit = size + message.get("max_new_tokens", self.context - size)
+        refusals = (is_invalid, size >= self.context, limit > self.context)
         if any(refusals):  # the first that is true, as in mp.REFUSALS
             self.out += mp.PIPE.pack(mp.REFUSED, message["slot"], refusals.index(True))
             return
         self.out += mp.PIPE.pack(mp.LENGTH, message["slot"], size)
-        facts = {"row": None, "ids": ids, "cached": 0, "start": size}
-        facts["limit"] = size + wanted if wanted else self.context
+        facts = {"row": None, "ids": ids, "cached": 0, "start": size, "limit": limit}
         options = {"score": None, "user": None} | self.sampling | message | facts
         self.streams.append(types.SimpleNamespace(**options))
 
