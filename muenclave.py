@@ -768,10 +768,8 @@ class Session:
 
     def answer(self, request):
         """Step 5: a cell of ids a tick, then the final record, whose every field the gate fills."""
-        gate, ticks, text, began = self.gate, 0, "", time.monotonic_ns()
+        gate, ticks, began = self.gate, 0, time.monotonic_ns()
         reply = gate.open_reply(request, self.user)
-        is_text = request.get("encoding") == "text"
-        cutter = mp.TextCutter(gate.vocabulary, request.get("stop", ()) if is_text else ())
         try:
             while reply.ids or not reply.ending:
                 time.sleep((gate.tick - time.monotonic_ns() % gate.tick) / mp.NANOSECOND)
@@ -780,27 +778,19 @@ class Session:
                 if is_readable(self.connection, 0):  # a cancel is all that may be said now
                     mp.parse_message(self.read(FRAME_SECONDS), mp.CANCEL)
                     gate.cancel(reply)
-                ids = self.next_ids(reply)
-                if is_text:
-                    text += cutter.feed(ids)
-                elif ids or reply.lease["policy"]["shape"] == "constant":
+                if (ids := self.next_ids(reply)) or reply.lease["policy"]["shape"] == "constant":
                     self.say(reply.table.pack(ids), mp.IDS_RECORD)
-                if cutter.stopped:
-                    gate.cancel(reply)
         finally:
             gate.cancel(reply)
-            ending = "stop" if cutter.stopped else reply.ending
-            self.heads = gate.chain(reply, ending)
+            self.heads = gate.chain(reply, reply.ending)
             ticks = gate.pass_ticks(began, ticks)
-        if ending not in mp.ENDINGS:
-            limit = gate.context if ending in mp.REFUSALS[1:] else None
-            raise ProtocolError(ending, limit=limit)
+        if reply.ending not in mp.ENDINGS:
+            limit = gate.context if reply.ending in mp.REFUSALS[1:] else None
+            raise ProtocolError(reply.ending, limit=limit)
         counts = (reply.prompt_tokens, len(reply.sent), reply.prompt_tokens + len(reply.sent))
         final = {"usage": dict(zip(mp.USAGE, counts, strict=True)), "restarts": gate.restarts}
-        final |= {"finish_reason": ending, "heads": self.heads}
+        final |= {"finish_reason": reply.ending, "heads": self.heads}
         final |= {"elapsed_ms": ticks * gate.tick // 10**6, "budget_left": gate.account.bits // 8}
-        if is_text:
-            final["completion"] = text + cutter.feed([], last=True)
         self.say(final)
 
     def next_ids(self, reply):

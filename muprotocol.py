@@ -249,9 +249,6 @@ SAMPLING = {
 }
 OPTIONS = SAMPLING | {
     "max_new_tokens?": is_integer(1, 1 << 24),
-    "stream?": is_one_of(True, False),  # without effect: ids always stream, text never does
-    "stop?": is_list(is_text(1, 256), 0, 16),  # only for "text": ids are cut where they become text
-    "encoding?": is_one_of("ids", "text"),
     "date?": is_text(1, 64),  # what a chat template may print, since it gets no clock
 }
 GENERATE = OPTIONS | {"prompt": is_text(0, 1 << 20)}
@@ -265,7 +262,7 @@ OWNER = ({"status": is_one_of(True)}, {"lock": is_one_of(True)}, {"revoke": is_h
 # sends two of CODES: by how much another token had the better score, and how many tokens scored
 # within the tolerance of the best.
 SCORED = {"ids": is_list(is_integer(0, 1 << 24), 0, 1 << 18), "tolerance": is_number(0, 1e6)}
-SCORING = {"score": is_object(SCORED), "encoding?": is_one_of("ids")}  # codes are no text
+SCORING = {"score": is_object(SCORED)}
 SCORE = (GENERATE | SCORING, GENERATE_CHAT | SCORING)
 REQUESTS = {"user": (GENERATE, GENERATE_CHAT, CANCEL), "owner": (*OWNER, *SCORE, CANCEL)}
 CLOSING = {"lease": is_hex(16), "spent": COUNT, "head": is_hex(32), "mac": is_hex(32)}
@@ -278,7 +275,6 @@ FINAL = {
     "budget_left": COUNT,
     "restarts": COUNT,
     "heads": HEADS,
-    "completion?": is_text(0, MESSAGE_LIMIT),
 }
 
 
@@ -602,7 +598,6 @@ def warm_up():
     frames = Sealer(bytes(32), CELL).seal_json({"text": "\u00e9"})
     Opener(bytes(32), CELL).open(frames[0][FRAME_HEADER:])
     parse_json('{"\u00e9":1.5}'.encode())
-    TextCutter(Vocabulary(encode_vocabulary([b"a", b"b"]))).feed([0])
 
 
 # ---------------------------------------------------------------- the sealed container (.mus)
@@ -940,12 +935,9 @@ class Account:
 
     def admit(self, request):
         """The request as the engine gets it. policy_refused: a verified answer has a seed, and of
-        the sampling only its temperature is the user's; text has no constant shape.
+        the sampling only its temperature is the user's.
         """
-        policy = self.lease["policy"]
-        if policy["shape"] == "constant" and request.get("encoding") == "text":
-            raise ProtocolError("policy_refused")
-        if not policy["verified"]:
+        if not self.lease["policy"]["verified"]:
             return request
         if NEUTRAL.keys() & request.keys() or "seed" not in request:
             raise ProtocolError("policy_refused")

@@ -419,13 +419,12 @@ class Session:
         self._send(message)
         return self._receive(ANSWER_SECONDS, mp.READY, mp.CLOSED)
 
-    def exchange(self, request, vocabulary=None, is_gone=lambda: False):
+    def exchange(self, request, vocabulary, is_gone=lambda: False):
         """The ids of one answer as they come, in lists; `final` is its last record afterwards.
 
         request: GENERATE or GENERATE_CHAT, to which a seed is added, or SCORE. vocabulary: how the
-        ids are packed; None if the request has the enclave render them. is_gone() is asked now and
-        then whether nobody wants the rest. Close the iterator to cancel; the session is then ready
-        for the next one.
+        ids are packed. is_gone() is asked now and then whether nobody wants the rest. Close the
+        iterator to cancel; the session is then ready for the next one.
         """
         request = {"seed": secrets.randbits(63)} | request
         if len(mp.encode_json(request)) > mp.REQUEST_FRAME - mp.RECORD_HEADER - mp.TAG:
@@ -448,17 +447,14 @@ class Session:
         finally:
             self.record(self.entry)
 
-    def generate(self, request, vocabulary=None, stops=(), is_gone=lambda: False):
+    def generate(self, request, vocabulary, stops=(), is_gone=lambda: False):
         """The pieces of one answer's text, as they come: an exchange, and its ids as text.
 
-        request: without encoding and stop. Without a vocabulary table the enclave renders the text,
-        in one piece.
+        stops: strings before which the text ends, here: the enclave knows of none.
         """
-        if vocabulary is None:
-            request = request | {"encoding": "text"} | ({"stop": list(stops)} if stops else {})
-        elif vocabulary.digest != self.ready["vocabulary"]:
+        if vocabulary.digest != self.ready["vocabulary"]:
             raise Failure("the vocabulary table is not that of the enclave's model: --vocabulary")
-        cutter = mp.TextCutter(vocabulary, stops) if vocabulary else None
+        cutter = mp.TextCutter(vocabulary, stops)
         with contextlib.closing(self.exchange(request, vocabulary, is_gone)) as lists:
             for ids in lists:
                 piece = cutter.feed(ids)
@@ -466,9 +462,9 @@ class Session:
                     self.cancel()
                 if piece:
                     yield piece
-        if cutter and cutter.stopped:
+        if cutter.stopped:
             self.final["finish_reason"] = "stop"
-        if piece := cutter.feed([], last=True) if cutter else self.final.get("completion"):
+        if piece := cutter.feed([], last=True):
             yield piece
 
     def _take(self, seconds, is_gone=lambda: False):
@@ -493,7 +489,7 @@ class Session:
             self.link.sendall(b"".join(self.sealer.seal_json(message)))
 
     def _receive(self, seconds, *schemas, is_gone=lambda: False):
-        """The next message: an object; for FINAL also a list of ids, if we have a vocabulary.
+        """The next message: an object; for FINAL also a list of ids.
 
         It must begin within so many seconds. Raises ProtocolError, for an ERROR with its code.
         """
@@ -508,7 +504,7 @@ class Session:
             while message is None:
                 payload = mp.read_frame(self.link, mp.RESPONSE_FRAME, RECORD_SECONDS)
                 message = self.opener.open(payload)
-            if message[0] == mp.IDS_RECORD and mp.FINAL in schemas and self._vocabulary:
+            if message[0] == mp.IDS_RECORD and mp.FINAL in schemas:
                 return self._vocabulary.unpack(message[1])
             if message[0] != mp.JSON_RECORD:
                 raise ProtocolError("bad_record", "ids where JSON was due")
@@ -862,7 +858,7 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 class Server(BoundedServer):
     """The HTTP API over a pool of sessions. address: (host, port), port 0 for any."""
 
-    def __init__(self, address, pool, inlet, vocabulary=None):
+    def __init__(self, address, pool, inlet, vocabulary):
         self.pool, self.inlet, self.vocabulary = pool, inlet, vocabulary
         self.counts = collections.Counter(requests_running=0, requests_waiting=0)
         self.health = (float("-inf"), "")  # when it was asked for, and what it was
@@ -1242,8 +1238,9 @@ def ask(pool, token, options, turns, prompt, limit=None, show=lambda _: None):
     request = {name: getattr(options, name, None) for name in SAMPLING}
     request |= {"max_new_tokens": limit or options.max_tokens, "stop": options.stop}
     request = {name: value for name, value in request.items() if value is not None}
+    checks = mp.OPTIONS | {"stop?": STOPS}
     for name, value in request.items():
-        if not mp.OPTIONS[f"{name}?"](value):
+        if not checks[f"{name}?"](value):
             raise Failure(f"{name.replace('_new', '')}: {value} is out of range")
     system = [{"role": "system", "content": options.system}] if options.system else []
     messages = [*system, *turns, {"role": "user", "content": prompt}]
@@ -1428,7 +1425,7 @@ FLAGS = {  # flag: type, default, help
     "psk": (read_secret, None, "file of the provisioning secret, for kind psk"),
     "model": (read_container, None, "sealed model that must be the enclave's"),
     "token-file": (read_token, None, "file of the access token (chat: or MUENCLAVE_TOKEN is set)"),
-    "vocabulary": (read_vocabulary, None, "token table (.vocab), to see answers as they come"),
+    "vocabulary": (read_vocabulary, None, "token table (.vocab) of the enclave's model"),
     "audit-log": (AuditLog, None, "file to add each exchange to, for the owner's replay audit"),
     "prompts-file": (read_prompts, None, "prompts, one a line, or a JSON list"),
     "output-file": (str, None, "where their answers go, as JSON (stdout)"),
@@ -1477,8 +1474,6 @@ def connector(options, **wanted):
     role = "owner" if is_owner else getattr(options, "role", "user")
     wanted |= {"model": options.model.digest if options.model else None}
     if getattr(options, "audit_log", None):
-        if options.vocabulary is None:
-            raise Failure("--audit-log needs --vocabulary FILE: text does not tell the token ids")
         wanted |= {"record": options.audit_log.write}
     address = (options.host, options.port)
     return lambda: Session(address, options.reference, options.psk, role, options.inlet, **wanted)
@@ -1499,6 +1494,8 @@ def prepare(options):
         if not mp.is_hex(32)(reference["measurement"]):
             raise Failure("nothing to verify against: --reference or --expected-measurement")
         options.reference = reference
+    if "vocabulary" in options and options.vocabulary is None:
+        raise Failure("--vocabulary FILE: the token table (.vocab) of the model is needed")
 
 
 def main(argv=None):

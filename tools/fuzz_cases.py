@@ -243,7 +243,7 @@ def near(word):
 
 @case
 def huge_prompt(chance):
-    """Prompts as long as a request may be, and longer; many messages; many stop strings."""
+    """Prompts as long as a request may be, and longer; many messages."""
     room = oracle.REQUEST_LIMIT - 5 - 16
     shell = len('{"prompt":"","max_new_tokens":1}')
     for size in (100_000, room - shell, room - shell + 1, (1 << 20) + 100):
@@ -252,10 +252,6 @@ def huge_prompt(chance):
     bodies = [
         f'{{"messages":[{",".join([turn] * n)}],"max_new_tokens":1}}' for n in (0, 1, 1024, 1025)
     ]
-    for size in (16, 17):
-        stops = ",".join(['"a"'] * size)
-        bodies.append(f'{{"prompt":"a","max_new_tokens":1,"stop":[{stops}]}}')
-    bodies += [f'{{"prompt":"a","max_new_tokens":1,"stop":["{"a" * n}"]}}' for n in (0, 256, 257)]
     yield from talk("user", bodies)
 
 
@@ -285,7 +281,7 @@ def null_bytes(chance):
         ]
     )
     texts = [r'{"prompt":"\u0000","max_new_tokens":1}', r'{"prompt\u0000":"a"}', '{"prompt":"\0"}']
-    yield from talk("user", texts + [r'{"prompt":"a\u0000b","max_new_tokens":1,"stop":["\u0000"]}'])
+    yield from talk("user", texts + [r'{"prompt":"a\u0000b","max_new_tokens":1,"date":"\u0000"}'])
 
 
 @case
@@ -510,7 +506,9 @@ def scores(chance):
     lists += ("[16777217]", "[-1]", "[1.0]", "[true]", "{}", "null", "[[1]]", '["1"]')
     bodies = [SCORE % ids for ids in lists]
     bodies += [(SCORE % "[1]").replace("0.5", value) for value in ("0", "1000000", "-1", "1e7")]
-    bodies += [(SCORE % "[1]").replace('"seed":1', more) for more in ('"top_k":5', '"stop":["a"]')]
+    bodies += [
+        (SCORE % "[1]").replace('"seed":1', more) for more in ('"top_k":5', '"encoding":"ids"')
+    ]
     actions = [action for body in bodies for action in (do("say", data=body), do("read"))]
     yield session("owner", *actions, do("say", data=STATUS), do("read"))
     yield session("user", *actions, do("say", data=REQUEST), do("read"))

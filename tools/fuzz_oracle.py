@@ -44,13 +44,11 @@ FORMS = {
     + (
         options := f"temperature? number 0 10; top_p? number 0.000001 1; top_k? int 0 {1 << 20};"
         f"repetition_penalty? number 0.1 10; seed? int 0 {(1 << 63) - 1};"
-        f"max_new_tokens? int 1 {1 << 24}; stream? bool; stop? list 0 16 text 1 256;"
-        "encoding? one ids text; date? text 1 64"
+        f"max_new_tokens? int 1 {1 << 24}; date? text 1 64"
     ),
     "chat": f"messages list 1 1024 form turn; {options}",
     "scored": "ids list 0 262144 int 0 16777216; tolerance number 0 1000000",
-    "score": "prompt text 0 1048576;"
-    + (scoring := f"{options}; score form scored".replace("one ids text", "one ids")),
+    "score": "prompt text 0 1048576;" + (scoring := f"{options}; score form scored"),
     "score_chat": f"messages list 1 1024 form turn; {scoring}",
     "turn": "role one system user assistant; content text 0 1048576",
     "cancel": "cancel true",
@@ -65,8 +63,7 @@ FORMS = {
     "error": f"error one {' '.join(CODES)}; limit? int 0 {BIG}; heads? list 2 2 hex 32",
     "usage": f"prompt_tokens int 0 {BIG}; completion_tokens int 0 {BIG}; total_tokens int 0 {BIG}",
     "final": f"elapsed_ms int 0 {BIG}; finish_reason one stop length cancelled; usage form usage;"
-    f"budget_left int 0 {BIG}; restarts int 0 {BIG}; completion? text 0 {MESSAGE_LIMIT};"
-    "heads list 2 2 hex 32",
+    f"budget_left int 0 {BIG}; restarts int 0 {BIG}; heads list 2 2 hex 32",
     "closing": f"lease hex 16; spent int 0 {BIG}; head hex 32; mac hex 32",
     "closed": "closing form closing",
     "file": f"path name; offset int 0 {BIG}; size int 0 {BIG}",
@@ -543,7 +540,7 @@ class Peer:
             self.due.popleft()
         first = self.due[0] if self.due else ("nothing",)
         if kind == 1:
-            if first[0] != "answer" or first[1].get("encoding") == "text":
+            if first[0] != "answer":
                 raise Refused("packed ids where none are due")
             if not body and not self.world.covers:
                 raise Refused("a record of no ids")
@@ -605,7 +602,6 @@ class Peer:
         request, usage = first[1], reply["usage"]
         self.due.popleft()
         is_cancelled = bool(self.due) and self.due[0] == ("cancel",)
-        is_text = request.get("encoding") == "text"
         if reply["finish_reason"] == "cancelled" and not is_cancelled:
             raise Refused("an answer was cancelled by nobody")
         if usage["prompt_tokens"] + usage["completion_tokens"] != usage["total_tokens"]:
@@ -615,8 +611,6 @@ class Peer:
             limit = 2 * len(request["score"]["ids"]) + 2
         if usage["completion_tokens"] > limit:
             raise Refused("more tokens than were asked for")
-        if is_text != ("completion" in reply):
-            raise Refused("text where ids were asked for, or the other way round")
         ids, self.ids = self.ids, []
         if ids and len(ids) != usage["completion_tokens"]:
             raise Refused("the count is not that of the ids that came")

@@ -231,7 +231,6 @@ def check_log(options, asset=None):
 # ---------------------------------------------------------------- scoring
 
 COLDEST = 1e-5  # a lower temperature is greedy, and scores are plain logits
-NOT_SCORED = ("encoding", "stop", "stream")  # they say how ids become text
 Scored = collections.namedtuple("Scored", "entry margins counts prompt_tokens refusal")
 
 
@@ -253,9 +252,8 @@ def score(session, entry, tolerance):
     id that is an end. counts: as many codes, of how many tokens were within the tolerance. refusal:
     the code of the error by which it did not answer. Raises ProtocolError for any other error.
     """
-    request = {k: v for k, v in entry.request.items() if k not in NOT_SCORED}
-    within = stats.margin_below(code_limit(request, tolerance))
-    request |= {"score": {"ids": entry.ids, "tolerance": within}}
+    within = stats.margin_below(code_limit(entry.request, tolerance))
+    request = entry.request | {"score": {"ids": entry.ids, "tolerance": within}}
     codes = []
     try:
         for part in session.exchange(request, mp.CODES):
@@ -268,23 +266,13 @@ def score(session, entry, tolerance):
     return Scored(entry, codes[::2], codes[1::2], prompt_tokens, None)
 
 
-def chosen(scored, vocabulary):
+def chosen(scored):
     """[(code of the margin, count)] of what the engine chose: the ids, and an end that it chose.
 
     Any other end is not the engine's to choose, or is judged by `ending_problem`.
     """
     codes, entry = list(zip(scored.margins, scored.counts)), scored.entry
-    is_end_chosen = entry.ending == "stop" and not is_cut(entry, vocabulary)
-    return codes[: len(entry.ids) + is_end_chosen]
-
-
-def is_cut(entry, vocabulary):
-    """Whether the gate itself ended the answer, at a stop string of its text."""
-    if entry.request.get("encoding") != "text" or not entry.request.get("stop"):
-        return False
-    cutter = mp.TextCutter(vocabulary, entry.request["stop"])
-    cutter.feed(entry.ids)
-    return cutter.stopped
+    return codes[: len(entry.ids) + (entry.ending == "stop")]
 
 
 def ending_problem(scored, context):
@@ -323,7 +311,7 @@ class Verdict:
     def __init__(self, sample, chain, rule, vocabulary, context):
         self.sample, self.chain, self.rule = sample, chain, rule
         self.size = len(vocabulary)
-        self.picked = [chosen(scored, vocabulary) for scored in sample]
+        self.picked = [chosen(scored) for scored in sample]
         self.limits = [code_limit(s.entry.request, rule.tolerance) for s in sample]
         self.refused = [
             sum(code > limit for code, _ in tokens)
@@ -461,7 +449,7 @@ def scorer(options, chain, picked):
         if ready["lease"] in {entry.lease for entry in chain.entries}:
             text = "the enclave that is to score is the one that answered"
             raise Failure(f"{text}: take another one, or unlock it anew after its lease", REFUSED)
-        if options.vocabulary is None or options.vocabulary.digest != ready["vocabulary"]:
+        if options.vocabulary.digest != ready["vocabulary"]:
             raise Failure("--vocabulary FILE: the token table (.vocab) of the enclave's model")
         needed = sum(2 * len(entry.ids) + 64 for entry in picked)
         if needed > ready["budget_left"]:
@@ -527,7 +515,7 @@ def run_calibrate(options):
         sample = score_all(options, session, picked, 0)
     facts = {"model": options.model.digest, "confidence": options.confidence}
     try:
-        facts |= calibrate(sample, options.refused, options.confidence, options.vocabulary)
+        facts |= calibrate(sample, options.refused, options.confidence)
     except ValueError as error:
         raise Failure(f"{error} for --refused {options.refused:g}", REFUSED) from None
     with open(options.output, "w", encoding="ascii") as file:
@@ -538,12 +526,12 @@ def run_calibrate(options):
     return finish(options, {"chain": chain.facts(broken), "calibration": facts}, [])
 
 
-def calibrate(sample, share, confidence, vocabulary):
+def calibrate(sample, share, confidence):
     """The calibration of honest answers' scores, without model and confidence. ValueError."""
     margins = [
         stats.margin_below(code) / scale(scored.entry.request)
         for scored in sample
-        for code, _ in chosen(scored, vocabulary)
+        for code, _ in chosen(scored)
     ]
     tolerance, refused = stats.choose_tolerance(margins, share, confidence)
     facts = {"version": VERSION, "tolerance": tolerance, "share": share}

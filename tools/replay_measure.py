@@ -326,7 +326,7 @@ def measure_honest(place, scorer, source, batch, tokens):
     rule = EXACT
     if first:
         sample, _ = score_all(scorer, first, 0)
-        known = audit.calibrate(sample, SHARE, EXACT.confidence, scorer.vocabulary())
+        known = audit.calibrate(sample, SHARE, EXACT.confidence)
         rule = EXACT._replace(tolerance=known["tolerance"], share=SHARE)
     facts = {"calibrated_by": sum(len(entry.ids) for entry in first)}
     return facts | honest_row(judge(scorer, chain, others, rule)), rule
