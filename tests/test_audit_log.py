@@ -539,8 +539,8 @@ class Programs(Case):
 
     def test_refusals(self):
         for verb, pattern, flags in (
-            ("chat", "--audit-log needs --vocabulary", ["--token-file", site.token]),
-            ("serve", "--audit-log needs --vocabulary", ["--listen", "127.0.0.1:0"]),
+            ("chat", "--vocabulary FILE: ", ["--token-file", site.token]),
+            ("serve", "--vocabulary FILE: ", ["--listen", "127.0.0.1:0"]),
             ("serve", "No such file", ["--audit-log", folder / "no" / "x", *self.table]),
             ("serve", "others can read it; chmod 600", ["--audit-log", "/dev/null", *self.table]),
         ):

@@ -720,7 +720,8 @@ class Full(Folder):
                         lambda r=role, s=stopped: (state(pids[r]) == "T") == s, "a change of state"
                     )
             request = QUESTION | {"max_new_tokens": 4}
-            text = "".join(session.generate(request))
+            table = muproxy.read_vocabulary(self.enclave.site.vocabulary)
+            text = "".join(session.generate(request, table))
         self.assertTrue(ZEN.startswith(text), text)
         self.assertEqual(self.enclave.pids(), pids)
 

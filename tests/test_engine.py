@@ -1531,7 +1531,7 @@ class Demo(Whole):
                 self.assertEqual(tuple(final["usage"][name] for name in mp.USAGE), counts)
                 ending = "length" if len(wanted) == 40 else "stop"
                 self.assertEqual(final["finish_reason"], ending)
-                text = "".join(session.generate(asked))  # as the enclave renders it
+                text = "".join(session.generate(asked, self.table()))
                 self.assertEqual(text, tokenizer.decode(wanted, skip_special_tokens=True))
 
     def test_what_the_session_is_told(self):

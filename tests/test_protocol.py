@@ -121,7 +121,7 @@ POSTURE = {"confinement": "full", "debug": False}
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 COUNTS = {"budget_left": 5, "restarts": 0}
 OPTIONS = {"temperature": 0.5, "top_p": 1, "top_k": 4, "seed": 1, "repetition_penalty": 1.1}
-OPTIONS |= {"max_new_tokens": 9, "stream": True, "stop": ["a"], "encoding": "ids", "date": "today"}
+OPTIONS |= {"max_new_tokens": 9, "date": "today"}
 CLOSING = {"lease": "cd" * 16, "spent": 9, "head": HASH, "mac": HASH}
 MESSAGES = {
     "CHALLENGE": {"version": 1, "role": "user", "nonce": HASH, "share": "ab" * 384}
@@ -145,7 +145,7 @@ MESSAGES = {
     "LOG": {"log": True},
     "LOGGED": {"log": "00ff"},
     "USAGE": USAGE,
-    "FINAL": {"elapsed_ms": 5, "finish_reason": "stop", "usage": USAGE, "completion": "x"}
+    "FINAL": {"elapsed_ms": 5, "finish_reason": "stop", "usage": USAGE}
     | {"heads": [HASH, HASH]}
     | COUNTS,
     "CLOSING": CLOSING,
@@ -168,7 +168,7 @@ class Schemas(unittest.TestCase):
             self.assertTrue(self.accepts(name, message), name)
 
     def test_each_field_is_checked(self):
-        loose = {("CHAT", "content"), ("GENERATE", "prompt"), ("FINAL", "completion")}
+        loose = {("CHAT", "content"), ("GENERATE", "prompt")}
         may_be_empty = {("READY", "lease"), ("LOGGED", "log"), *loose}
         for name, message in MESSAGES.items():
             for field in message:
@@ -176,7 +176,7 @@ class Schemas(unittest.TestCase):
                     is_fine = (wrong == "" and (name, field) in may_be_empty) or (
                         (wrong == "\n" and (name, field) in loose)
                         or (wrong == "\n" and field == "date")
-                        or (wrong == [] and field in ("users", "stop"))
+                        or (wrong == [] and field == "users")
                     )
                     with self.subTest(schema=name, field=field, wrong=str(wrong)[:20]):
                         self.assertEqual(self.accepts(name, message | {field: wrong}), is_fine)
@@ -1062,17 +1062,6 @@ class Account(unittest.TestCase):
         self.assertEqual(outcome(lambda: account.admit({"prompt": "a"})), "policy_refused")
         account.add(self.lease(2), 0, KEY)
         self.assertEqual(account.admit({"prompt": "a", "top_k": 9}), {"prompt": "a", "top_k": 9})
-
-    def test_constant_shape(self):
-        """An answer as text comes in one piece at its end, so that it has no such shape."""
-        account = mp.Account()
-        account.add(self.lease(1, policy=POLICY | {"shape": "constant"}), 0, KEY)
-        text = {"prompt": "a", "encoding": "text"}
-        self.assertEqual(outcome(lambda: account.admit(text)), "policy_refused")
-        ids = {"prompt": "a", "encoding": "ids"}
-        self.assertEqual(account.admit(ids), ids)
-        account.add(self.lease(2), 0, KEY)
-        self.assertEqual(account.admit(text), text)
 
     def test_users(self):
         account = mp.Account()

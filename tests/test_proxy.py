@@ -514,28 +514,26 @@ class Handshake(Case):
 class Sessions(Case):
     """Requests and answers on a verified session."""
 
-    def answer(self, session, request, **options):
-        text = "".join(session.generate(request, **options))
+    def answer(self, session, request, stops=()):
+        text = "".join(session.generate(request, vocabulary(), stops))
         return text, session.final
 
-    def test_ids_and_text_give_the_same(self):
+    def test_text_is_that_of_the_ids(self):
         with ready_session() as session:
-            request = chat()
-            by_ids = self.answer(session, request, vocabulary=vocabulary())
-            by_gate = self.answer(session, request)
-            self.assertEqual(by_ids[0], by_gate[0])
-            self.assertEqual(by_ids[1]["usage"], by_gate[1]["usage"])
-            self.assertIn(ZEN, by_ids[0])
+            text, final = self.answer(session, chat())
+            ids = sum(session.exchange(chat(), vocabulary()), [])
+            self.assertEqual(b"".join(vocabulary().table[i] for i in ids).decode(), text)
+            self.assertEqual(final["usage"], session.final["usage"])
+            self.assertIn(ZEN, text)
 
     def test_stop_strings(self):
         with ready_session() as session:
-            request = chat()
-            whole = self.answer(session, request, vocabulary=vocabulary())[0]
+            whole, _ = self.answer(session, chat())
             stop = whole[20:26]
-            for table in (vocabulary(), None):
-                text, final = self.answer(session, request, vocabulary=table, stops=[stop])
-                self.assertEqual(text, whole[: whole.index(stop)])
-                self.assertEqual(final["finish_reason"], "stop")
+            text, final = self.answer(session, chat(), ["no such", stop])
+            self.assertEqual(text, whole[: whole.index(stop)])
+            self.assertEqual(final["finish_reason"], "stop")
+            self.assertTrue(session.is_usable())
 
     def test_closing_the_iterator_frees_the_session(self):
         with ready_session() as session:
@@ -543,8 +541,7 @@ class Sessions(Case):
             next(pieces)
             pieces.close()
             self.assertTrue(session.is_usable())
-            text = self.answer(session, chat(), vocabulary=vocabulary())[0]
-            self.assertIn(ZEN, text)
+            self.assertIn(ZEN, self.answer(session, chat())[0])
 
     def test_nobody_wants_the_answer(self):
         with ready_session() as session:
@@ -565,6 +562,7 @@ class Sessions(Case):
                 ("prompt_too_long", {"prompt": "word " * 4 * context}),
                 ("too_many_tokens", {"prompt": "a", "max_new_tokens": context}),
                 ("bad_message", {"prompt": "a", "temprature": 1}),
+                ("bad_message", {"prompt": "a", "encoding": "text"}),
                 ("prompt_too_long", {"prompt": "a" * mp.REQUEST_FRAME}),
             ):
                 error = self.assertCode(code, session.generate, request, vocabulary())
@@ -703,7 +701,7 @@ class Pools(Case):
         pool = self.pool()
         with contextlib.suppress(mp.ProtocolError), pool.session(token()) as session:
             session.link.shutdown(socket.SHUT_RDWR)
-            list(session.generate(chat("hi")))
+            list(session.generate(chat("hi"), vocabulary()))
         self.assertEqual((pool.count, pool.idle), (0, []))
 
 
@@ -1332,7 +1330,7 @@ class Warnings(Case):
         extra.unlock(budget=1000)
         pool = muproxy.Pool(lambda: open_session(extra.address))
         self.addCleanup(pool.close)
-        server = muproxy.Server(("127.0.0.1", 0), pool, free_inlet())
+        server = muproxy.Server(("127.0.0.1", 0), pool, free_inlet(), vocabulary())
         self.addCleanup(server.server_close)
         request = {"prompt": "The", "temperature": 2, "seed": 1, "max_new_tokens": 40}
 
@@ -1351,7 +1349,7 @@ class Warnings(Case):
         self.assertIn("muproxy_budget_bytes 1000\n", server.metrics())
         done = own("status", *extra.flags("owner"))
         self.assertIn("warning: less than a tenth of the budget is left", done.stdout)
-        flags = [*extra.flags(), "--token-file", site.token]
+        flags = [*extra.flags(), "--token-file", site.token, "--vocabulary", site.vocabulary]
         done = proxy(*flags, input="quit\n")
         self.assertEqual((done.returncode, len(re.findall(self.LESS, done.stderr))), (0, 1))
         extra.unlock(budget=1000)
@@ -1386,7 +1384,7 @@ class Losses(Case):
         with pool.session(token()) as session:
             self.assertIsNot(session, known)
             self.assertTrue(all(check.ok for check in session.checks))
-            self.assertIn(ZEN, "".join(session.generate(chat())))
+            self.assertIn(ZEN, "".join(session.generate(chat(), vocabulary())))
             said = len(second.lines)
             pieces = session.generate({"prompt": "The", "max_new_tokens": 900} | LONG, vocabulary())
             next(pieces)
@@ -1396,8 +1394,8 @@ class Losses(Case):
         second.wait_for("ready", said)
         with pool.session(token()) as again:
             self.assertIs(again, session)
-            self.assertIn(ZEN, "".join(again.generate(chat())))
-        server = muproxy.Server(("127.0.0.1", 0), pool, free_inlet())
+            self.assertIn(ZEN, "".join(again.generate(chat(), vocabulary())))
+        server = muproxy.Server(("127.0.0.1", 0), pool, free_inlet(), vocabulary())
         self.addCleanup(server.server_close)
         self.assertIn("muproxy_engine_restarts 1\n", server.metrics())
 
@@ -1432,7 +1430,8 @@ class CommandLine(Case):
         self.folder = pathlib.Path(folder.name)
         self.ledger = self.folder / "ledger"
         self.user, self.owner = enclave.flags(), self.owned(enclave)
-        self.talk = [*self.user, "--token-file", site.token, "--rate-kb", 10**6]
+        self.table = ["--vocabulary", site.vocabulary]
+        self.talk = [*self.user, *self.table, "--token-file", site.token, "--rate-kb", 10**6]
 
     def owned(self, enclave):
         """An owner's flags, with a ledger of this test's own."""
@@ -1475,21 +1474,24 @@ class CommandLine(Case):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         flags = ["--port", port, *self.user[2:]]
-        for verb in (["attest"], ["chat", "--token-file", site.token]):
+        for verb in (["attest"], ["chat", *self.table, "--token-file", site.token]):
             self.assertFails(3, "Connection refused", proxy(*verb, *flags))
 
     def test_usage(self):
         for pattern, arguments in (
             ("chmod 600", ["--psk", self.open_file("00" * 32), "--token-file", site.token]),
             ("no-such", ["--psk", site.user_psk, "--token-file", "/no-such"]),
-            ("access token is needed", ["--psk", site.user_psk]),
-            ("--psk", ["--token-file", site.token]),
+            ("access token is needed", ["--psk", site.user_psk, *self.table]),
+            ("--psk", ["--token-file", site.token, *self.table]),
             ("--rate-kb", ["--rate-kb", "0"]),
             ("--rate-kb", ["--rate-kb", "nan"]),
             ("temperature", [*self.talk[4:], "--temperature", "nan"]),
             ("max_tokens", [*self.talk[4:], "--max-tokens", "0"]),
             ("vocabulary", ["--psk", site.user_psk, "--vocabulary", site.key]),
+            ("--vocabulary FILE: ", ["--psk", site.user_psk, "--token-file", site.token]),
             ("stop", [*self.talk[4:], "--stop", ""]),
+            ("stop", [*self.talk[4:], "--stop", "a" * 257]),
+            ("stop", [*self.talk[4:], *["--stop", "a"] * 17]),
         ):
             with self.subTest(pattern=pattern):
                 flags = [*self.user[:4], *arguments]
@@ -1521,9 +1523,7 @@ class CommandLine(Case):
         return path
 
     def test_chat(self):
-        done = proxy(
-            *self.talk, "--vocabulary", site.vocabulary, input="Tell me about zen.\nquit\nno\n"
-        )
+        done = proxy(*self.talk, input="Tell me about zen.\nquit\nno\n")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn(ZEN, done.stdout)
         self.assertRegex(
@@ -1531,9 +1531,8 @@ class CommandLine(Case):
         )
         self.assertNotIn("Traceback", done.stderr)
         environment = self.without_token() | {"MUENCLAVE_TOKEN": token()}
-        again = proxy(
-            "chat", *self.user, "--rate-kb", 10**6, input="Tell me about zen.\n", env=environment
-        )
+        flags = [*self.user, *self.table, "--rate-kb", 10**6]
+        again = proxy("chat", *flags, input="Tell me about zen.\n", env=environment)
         self.assertEqual((again.returncode, again.stdout), (0, done.stdout))
 
     def test_chat_commands(self):
@@ -1552,7 +1551,7 @@ class CommandLine(Case):
             return [payload]
 
         with Middle(edit) as middle, engine_held() as go_on:
-            flags = [*self.talk, "--vocabulary", site.vocabulary, "--raw"]
+            flags = [*self.talk, "--raw"]
             process = self.start("chat", *flags, "--port", middle.address[1])
             self.assertIn("verified", process.stderr.readline())
             process.stdin.write("The\n")
@@ -1789,7 +1788,7 @@ class CommandLine(Case):
         return process, (host, int(port)), lines
 
     def test_serve(self):
-        flags = [*self.user, "--vocabulary", site.vocabulary, "--listen", "127.0.0.1:0"]
+        flags = [*self.user, *self.table, "--listen", "127.0.0.1:0"]
         process, address, lines = self.background("serve", *flags)
         self.assertNotIn("warning", "".join(lines))
         connection = http.client.HTTPConnection(*address, timeout=SECONDS)
@@ -1805,7 +1804,8 @@ class CommandLine(Case):
             self.assertNotIn(secret, command + "".join(lines) + process.stderr.read())
 
     def test_serve_warns_beyond_loopback(self):
-        process, _, lines = self.background("serve", *self.user, "--listen", "0.0.0.0:0")
+        flags = [*self.user, *self.table, "--listen", "0.0.0.0:0"]
+        process, _, lines = self.background("serve", *flags)
         self.assertRegex("".join(lines), "warning: .*TLS")
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(SECONDS), 0)
@@ -1813,10 +1813,10 @@ class CommandLine(Case):
     def test_serve_refuses_what_it_cannot_verify(self):
         path = self.folder / "reference"
         path.write_text(json.dumps(reference() | {"measurement": "00" * 32}))
-        flags = ["--port", enclave.port, "--reference", path, "--psk", site.user_psk]
+        flags = ["--port", enclave.port, "--reference", path, "--psk", site.user_psk, *self.table]
         done = proxy("serve", *flags, "--listen", "127.0.0.1:0")
         self.assertFails(1, "measurement: expected 0000", done)
-        flags = ["--port", enclave.port, "--reference", site.reference]
+        flags = ["--port", enclave.port, "--reference", site.reference, *self.table]
         self.assertFails(2, "--psk", proxy("serve", *flags, "--listen", "127.0.0.1:0"))
 
     def test_address_in_use(self):
@@ -1831,7 +1831,7 @@ class CommandLine(Case):
         self.addCleanup(relay.server_close)
         self.addCleanup(relay.shutdown)
         with ready_session(address=relay.server_address) as session:
-            self.assertIn(ZEN, "".join(session.generate(chat())))
+            self.assertIn(ZEN, "".join(session.generate(chat(), vocabulary())))
             with ready_session(address=relay.server_address):
                 self.assertCode("connection_lost", open_session, relay.server_address)
         wait_until(lambda: relay.places._value)

@@ -492,13 +492,11 @@ class Verdicts(unittest.TestCase):
         self.assertEqual(judge(*sample).figures["tokens"]["refused"], 10)
         self.assertNotEqual(judge(*sample).alarms, [])
 
-    def test_text_that_the_gate_cut(self):
-        """An answer that a stop string ended has no end that the engine chose."""
-        request = {"prompt": "p", "seed": 1, "encoding": "text", "stop": ["\x07\x07"]}
-        one = scored(1, [EQUAL, EQUAL, EQUAL], request=request)
-        self.assertEqual(judge(one).figures["tokens"]["all"], 2)
-        other = scored(1, [EQUAL, EQUAL, EQUAL], request=request | {"stop": ["a"]})
-        self.assertEqual(judge(other).figures["tokens"]["all"], 3)
+    def test_an_end_is_a_token_if_the_engine_chose_it(self):
+        for ending, count in (("stop", 3), ("length", 2), ("cancelled", 2)):
+            one = scored(1, [EQUAL] * 3, ending=ending)
+            one = one._replace(entry=one.entry._replace(ids=[7, 7]))
+            self.assertEqual(judge(one).figures["tokens"]["all"], count)
 
     def test_worst_case(self):
         """Accepted tokens' bits, and those of the rate that is found with 95 %."""
@@ -750,6 +748,10 @@ class Live(unittest.TestCase):
 
     def test_mistakes(self):
         exact = ("--exact", "--sample", "0.1")
+        for verb in ("audit", "calibrate"):
+            done = run(verb, *self.scorer.flags(), "--log", self.log, "--ledger", self.ledger)
+            self.assertEqual(done.returncode, 2, done.stdout + done.stderr)
+            self.assertRegex(done.stderr, r"\Areplay_audit: error: --vocabulary FILE: [^\n]*\n\Z")
         for flags, status, text in (
             (("--sample", "0.1"), 2, "--calibration FILE"),
             (("--exact", "--sample", "0"), 2, "--sample: above 0"),

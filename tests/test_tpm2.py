@@ -857,7 +857,8 @@ class Enclave(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             with enclave.ready() as session:
                 request = {"prompt": "The Zen", "max_new_tokens": 4, "temperature": 0}
-                text = "".join(session.generate(request | {"encoding": "text"}))
+                table = muproxy.read_vocabulary(self.site.vocabulary)
+                text = "".join(session.generate(request, table))
             self.assertTrue(text)
             before = len(enclave.lines)
             with contextlib.closing(enclave.session("owner")) as session:

@@ -345,11 +345,12 @@ class Boot(unittest.TestCase):
         """It is started, takes all memory or faults, and dies, twice; the guest says no more."""
         with contextlib.closing(self.session("owner")) as session:
             session.prove(support.unlock_token(self.site))
+        table = muproxy.read_vocabulary(self.site.vocabulary)
         with contextlib.closing(self.session("user")) as session:
             session.prove({"token": muproxy.read_token(self.site.token)})
             for number, prompt in enumerate(("fault", "memory"), 1):
                 with self.assertRaises(mp.ProtocolError) as caught:
-                    list(session.generate({"prompt": prompt}))
+                    list(session.generate({"prompt": prompt}, table))
                 self.assertEqual(caught.exception.code, "engine_lost")
                 ready = self.vm.count_for("muenclave: ready", number + 1)
                 self.assertTrue(ready, self.vm.lines)
