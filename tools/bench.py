@@ -140,6 +140,8 @@ def add_engine(add):
 
 def add_unseal(add):
     """Flags of unseal."""
+    text = "as root: the arena's pages huge while it runs, as in the guest"
+    add("--huge-pages", action="store_true", help=text)
     add("--weights-shape", choices=tuple(bench_model.SHAPES), default="1b", help="unsealed (1b)")
 
 

@@ -22,6 +22,7 @@ from environment import ROOT, ToolError
 
 LOADING = ROOT / "tools" / "bench_loading.py"
 MEMORY = "/dev/shm"
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 NEEDED = 6  # copies in memory at once: page cache, what programs read and write, ours
 PROGRAMS = {"age": "age", "gpg": "gnupg"}  # program: Debian's package
 WAYS = {
@@ -107,6 +108,27 @@ def scratch():
                 subprocess.run(end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def huge_pages():
+    """The machine's setting of huge pages for files in memory, as the arena is; None if none."""
+    with contextlib.suppress(OSError):
+        return re.search(r"\[(\w+)\]", HUGE_PAGES.read_text("ascii"))[1]
+
+
+@contextlib.contextmanager
+def as_in_guest(is_wanted):
+    """Huge pages for files in memory, as the guest's init has them. Raises ToolError."""
+    before = huge_pages()
+    try:
+        if is_wanted:
+            HUGE_PAGES.write_text("always")
+        yield
+    except PermissionError:
+        raise ToolError("--huge-pages needs root, to set what the guest's init sets") from None
+    finally:
+        if is_wanted and before and huge_pages() != before:
+            HUGE_PAGES.write_text(before)
+
+
 def run_unseal(flags, say):
     """The figures of `unseal`, a dict. ToolError."""
     shared.need_modules("torch", "safetensors")
@@ -115,7 +137,12 @@ def run_unseal(flags, say):
     check_memory(sum(path.stat().st_size for path in plain.glob("*.safetensors")))
     sealed = bench_model.sealed_folder(plain, sys.executable)
     cores = len(os.sched_getaffinity(0))
-    with scratch() as folder, shared.Worker("the loader", command(plain, sealed)) as worker:
+    with (
+        as_in_guest(flags.huge_pages),
+        scratch() as folder,
+        shared.Worker("the loader", command(plain, sealed)) as worker,
+    ):
+        figures = {"huge_pages": huge_pages()}
         programs, left_out = start_programs(plain, folder, say)
         requests = {"muenclave": {"way": "muenclave"}, "plain": {"way": "plain"}}
         requests["memmove"] = {"way": "memmove", "threads": 1}
@@ -135,7 +162,7 @@ def run_unseal(flags, say):
                     start.append(round(found["start"], 3))
         say("peak memory")
         peak = worker.ask(way="memory")["peak"]
-    figures = {"shape": flags.weights_shape, "rounds": flags.rounds, "seconds": seconds}
+    figures |= {"shape": flags.weights_shape, "rounds": flags.rounds, "seconds": seconds}
     figures |= {"start": start, "peak": peak, "left_out": left_out, "checked": checked}
     figures |= worker.facts | {"cores": cores}
     return figures | {"ratios": compare(seconds)}
@@ -168,7 +195,8 @@ def show_unseal(figures):
     """Print the figures of `unseal`."""
     shared.show_machine(figures)
     gigabytes = figures["bytes"] / 1e9
-    print(f"{gigabytes:.2f} GB in the page cache, {figures['cores']} cores; ", end="")
+    print(f"{gigabytes:.2f} GB in the page cache, {figures['cores']} cores, ", end="")
+    print(f"huge pages for files in memory: {figures['huge_pages']}; ", end="")
     print("seconds, GB/s: median (least to most); how many times as fast ours is")
     for name, seconds in figures["seconds"].items():
         rates = [gigabytes / value for value in seconds]

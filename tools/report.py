@@ -20,6 +20,10 @@ import re
 import statistics
 import sys
 
+import bench_decode
+import bench_http
+import bench_shared
+import bench_unseal
 import measure
 from environment import ROOT, ToolError
 
@@ -494,6 +498,83 @@ def transport(document):
     return "Transport under the cap", "".join(parts) + table(["form", "what it is"], notes)
 
 
+def speed(document):
+    """What one of bench.py's other verbs has measured, beside its targets."""
+    verb = document["verb"]
+    machine = document[verb]["machine"]
+    where = f"{machine['processor']}, {machine['cpus']} CPUs, {document[verb]['rounds']} rounds"
+    head, rows = SPEEDS[verb](document[verb])
+    parts = [element("p", html.escape(where)), table(head, rows)]
+    parts.append(table(TARGET_HEAD, target_rows(document)))
+    return f"Speed: {verb}", "".join(parts)
+
+
+def unseal_rows(figures):
+    """Each way from sealed or plain weights to tensors."""
+    rows = []
+    for name, seconds in figures["seconds"].items():
+        rates = [figures["bytes"] / 1e9 / value for value in seconds]
+        cells = [spread_of(seconds, ".2f"), spread_of(rates, ".2f")]
+        ratio = figures["ratios"].get(name)
+        rows.append(
+            [bench_unseal.WAYS[name], *cells, bench_shared.tell_ratio(ratio) if ratio else ""]
+        )
+    return ["unseal", "seconds", "GB a second", "ours"], rows
+
+
+def serving_rows(figures, contenders, head):
+    """Tokens a second of each contender, for each number of streams."""
+    rows = []
+    for count, found in figures["streams"].items():
+        for name, rounds in found.items():
+            cells = [spread_of(rounds["whole"], ".1f")]
+            cells += [spread_of(rounds[f"first_{key}"], ".2f") for key in ("median", "worst")]
+            ratio = figures["ratios"][count].get(name, {}).get("whole")
+            rows.append(
+                [count, contenders[name], *cells, bench_shared.tell_ratio(ratio) if ratio else ""]
+            )
+    labels = ["tokens a second", "first token, s: median", "worst", "ours, tokens a second"]
+    return ["streams", head, *labels], rows
+
+
+def decode_rows(figures):
+    """The engine alone."""
+    return serving_rows(figures, bench_decode.CONTENDERS, "engine alone")
+
+
+def http_rows(figures):
+    """Over HTTP."""
+    return serving_rows(figures, bench_http.CONTENDERS, "over HTTP")
+
+
+def handshake_rows(figures):
+    """Sessions."""
+    many = f"{figures['sessions']} sessions opened, {figures['openers']} at a time"
+    rows = [
+        ["from connecting to a verified session", f"{spread_of(figures['verified_ms'], '.1f')} ms"],
+        ["to READY, with the access token", f"{spread_of(figures['ready_ms'], '.1f')} ms"],
+        [many, f"{spread_of(figures['many_s'], '.1f')} s"],
+    ]
+    return ["handshake", ""], rows
+
+
+def target_rows(document):
+    """What was to be reached, and whether it was."""
+    figures = ("" if t["figure"] is None else f"{t['figure']:.3g}" for t in document["targets"])
+    return [
+        [t["target"], t["limit"], f, t["verdict"]] for t, f in zip(document["targets"], figures)
+    ]
+
+
+SPEEDS = {
+    "unseal": unseal_rows,
+    "decode": decode_rows,
+    "http": http_rows,
+    "handshake": handshake_rows,
+}
+TARGET_HEAD = ["target", "at least, at most", "figure", "verdict"]
+
+
 def spread_of(values, form):
     """The median with the least and the most."""
     least, most = min(values), max(values)
@@ -554,7 +635,7 @@ SECTIONS = {  # kind of document: what makes its part of the page
     "replay_audit measure": replay,
     "bench": boot,
     "bench meter": transport,
-}
+} | {f"bench {verb}": speed for verb in SPEEDS}
 
 
 def section(kind, document):
@@ -680,6 +761,20 @@ def readme_transport(documents):
     return rows_of(["over the same cap", "tokens a second", "bytes a token", "ours"], rows)
 
 
+def readme_speed(documents):
+    """What bench.py's other verbs have measured, a table each."""
+    parts = []
+    for verb, rows in SPEEDS.items():
+        parts.append(rows_of(*rows(documents[f"bench {verb}"][verb])))
+    return "\n\n".join(parts)
+
+
+def readme_targets(documents):
+    """The targets of all verbs."""
+    rows = [row for verb in SPEEDS for row in target_rows(documents[f"bench {verb}"])]
+    return rows_of(TARGET_HEAD, rows)
+
+
 def readme_controls(_):
     """The map of controls, with the claims' short way of naming tests."""
     rows = []
@@ -700,6 +795,8 @@ TABLES = {  # mark in the README: what makes the text under it
     "controls": readme_controls,
     "boot": readme_boot,
     "transport": readme_transport,
+    "speed": readme_speed,
+    "targets": readme_targets,
 }
 MARK = "<!-- {} -->"
 END = "<!-- end -->"
