@@ -80,7 +80,7 @@ madvise 28 gle, getpid 39 gle, recvfrom 45 gle, exit 60 gle, gettid 186 gle, fut
 sched_getaffinity 204 gle, restart_syscall 219 gle, clock_gettime 228 gle, clock_nanosleep 230 gle,
 exit_group 231 gle, set_robust_list 273 gle, getrandom 318 gle, rseq 334 gle, poll 7 ge,
 ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, getsockname 51 g,
-pread64 17 l, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
+pread64 17 le, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
 fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e
@@ -144,8 +144,7 @@ def filter_program(role):
             program += [(equal, 0, 5, int(fields[1])), (load, 0, 0, 16 + 8 * argument)]
             program += [(mask_with, 0, 0, mask), (equal, 0, 1, value)]
             program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    program.append((give, 0, 0, refuse))
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    return b"".join(struct.pack("=HBBI", *line) for line in [*program, (give, 0, 0, refuse)])
 
 
 def confine(role):
@@ -162,7 +161,6 @@ def confine(role):
 # ended is started afresh when it ends.
 
 LOG = ("listening", "locked", "loading", "ready", "engine lost", "lease ended")
-DRAIN_SECONDS = 60  # from SIGTERM to the end of running answers
 WITHHELD = {"gate": (), "loader": ("_PSK",), "engine": ("_PSK", "_PATH")}  # ends of names
 
 
@@ -188,12 +186,11 @@ def supervise(settings, signals):
     gate, helpers, told = spawn("gate", settings, for_gate), [], set()  # told: lines of LOG
 
     def stop(number, _):
-        """The gate drains; a second signal, or the alarm, ends it."""
-        gate.send_signal(signal.SIGKILL if signals else signal.SIGTERM)
+        """The gate ends, and all with it."""
+        gate.kill()
         signals.append(number)
-        signal.alarm(DRAIN_SECONDS)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     if signals:  # one came between two gates
         gate.kill()
@@ -211,7 +208,7 @@ def supervise(settings, signals):
                 say("error: " + message[1:].decode("utf-8", "replace"))
     end(helpers)
     end([gate], LEAVE_SECONDS)
-    return None if "lease ended" in told and not signals else int(gate.returncode != 0)
+    return None if "lease ended" in told and not signals else int(not signals)
 
 
 def spawn(role, settings, *sockets):
@@ -395,7 +392,7 @@ class Gate:
         self.state, self.account = "locked", mp.Account()
         self.container = self.key = self.engine = self.vocabulary = self.closing = None
         self.progress = self.context = self.restarts = self.turn = 0
-        self.is_draining, self.code = False, None  # code: why the lease ended
+        self.code = None  # why the lease ended
         # Slot: reply that the engine has not ended. Session: None, the oldest first. Replies that
         # are not in the chain of exchanges yet.
         self.replies, self.sessions, self.open = {}, {}, []
@@ -557,8 +554,8 @@ class Gate:
         the oldest of which must by `due` (ns), and `limit` that may still come. ProtocolError.
         """
         with self.lock:
-            if self.is_draining or self.code:
-                raise ProtocolError(self.code or "draining")
+            if self.code:
+                raise ProtocolError(self.code)
             if self.state != "ready":
                 raise ProtocolError("engine_lost")
             request = {"seed": secrets.randbits(63)} | self.account.admit(request)
@@ -611,8 +608,8 @@ class Gate:
         """What a session is told at step 3, and an owner who asks for the status."""
         with self.lock:
             facts = {name: self.container.fields[name] for name in ("asset", "vocabulary")}
-            facts |= {"status": "ready" if self.state == "ready" else "locked"}
             facts |= {"model": self.digest, "context": self.context, "restarts": self.restarts}
+            facts["status"] = "ready" if self.state == "ready" else "locked"
             return facts | self.account.facts()
 
 
@@ -822,7 +819,6 @@ def gate_main(settings, control):
     except Exception as error:  # noqa: BLE001  whatever it is, init says it in one line
         control.send(b"e" + (str(error).partition("\n")[0] or repr(error)).encode()[:500])
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: setattr(gate, "is_draining", True))
     gate.log("listening", listener.getsockname()[1])
     gate.log("locked")
     welcome(gate, listener)
@@ -841,9 +837,7 @@ def welcome(gate, listener):
     # Key agreements: 20 a second, 40 at once, so that a flood gets a part of the processor.
     arrivals = mp.Meter(20, 40, -2 * mp.NANOSECOND)
     while gate.code is None:
-        if gate.is_draining and not gate.open:
-            gate.end_lease("draining")
-        elif time.monotonic_ns() >= gate.account.expires:
+        if time.monotonic_ns() >= gate.account.expires:
             gate.end_lease("lease_ended")
         if not is_readable(listener, PAUSE):
             continue
@@ -927,6 +921,8 @@ CACHE_SHARE = 7 / 8  # of the memory that is free: passes need some too
 COLDEST = 1e-5  # a temperature below is greedy: logits divided by it could overflow
 # Of a config: within these, all is attended to by its position.
 WINDOWS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+# Opened by warm_up: once confined, nothing can be.
+memory_file = functools.cache(lambda: os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC))
 WARM_CONFIG = """{"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size":
     256, "num_attention_heads": 16, "num_key_value_heads": 8, "pad_token_id": 0}"""
 WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
@@ -1048,6 +1044,8 @@ def warm_up(model_type, settings, device):
     import transformers
 
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
+    if not torch.cpu._is_avx512_bf16_supported():
+        torch.nn.functional.linear = functools.partial(multiply, torch.nn.functional.linear)
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
     model = build_model(config.to_dict(), tiny.state_dict(), device)
@@ -1057,6 +1055,17 @@ def warm_up(model_type, settings, device):
     decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
     while decoder.streams:
         decoder.step()
+
+
+def multiply(linear, values, weight, bias=None):
+    """A matrix product on a CPU without bfloat16: in float32, as much at once as a cache holds."""
+    import torch
+
+    if not values.is_cpu or values.dtype != torch.bfloat16 or values.shape[:-1].numel() < 4:
+        return linear(values, weight, bias)
+    wide = values.float()
+    product = torch.cat([linear(wide, part.float()) for part in weight.split(512)], -1)
+    return product.to(values.dtype) if bias is None else product.to(values.dtype) + bias
 
 
 # -- prompts
@@ -1162,8 +1171,7 @@ class Decoder:
 
         self.cache = SlotCache(1, 1)
         self.forward([0], [[1]], [0])
-        memory_file().seek(0)
-        kib = re.search(rb"MemAvailable: +(\d+)", memory_file().read(4096))[1]
+        kib = re.search(rb"MemAvailable: +(\d+)", os.pread(memory_file(), 4096, 0))[1]
         is_gpu = self.model.device.type == "cuda"
         free = torch.cuda.mem_get_info()[0] if is_gpu else int(kib) * 1024 // ranks
         room = share(int(free * CACHE_SHARE) // sum(s.nbytes for s in self.cache.stores))
@@ -1322,12 +1330,6 @@ def first_prompts(streams):
     longest = itertools.accumulate((len(stream.ids) - stream.cached for stream in streams), max)
     count = sum(size * number <= CHUNK for number, size in enumerate(longest, 1))
     return streams[: max(count, 1)]
-
-
-@functools.cache
-def memory_file():
-    """Opened by warm_up: once confined, nothing can be."""
-    return open("/proc/meminfo", "rb", buffering=0)
 
 
 def score(streams, logits):

@@ -51,7 +51,7 @@ ERRORS = """
 bad_frame bad_json bad_message bad_record bad_share timeout connection_lost version_unsupported
 evidence_refused evidence_unavailable locked token_refused wrong_key wrong_model lease_refused
 lease_ended container_corrupt model_invalid no_engine out_of_memory engine_lost prompt_invalid
-prompt_too_long too_many_tokens policy_refused busy draining
+prompt_too_long too_many_tokens policy_refused busy
 """.split()
 
 

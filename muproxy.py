@@ -70,7 +70,6 @@ TEXTS |= {  # a code of mp.ERRORS: what it tells a user
     "too_many_tokens": "prompt and max_new_tokens do not fit into the model's context",
     "policy_refused": "the lease's sampling policy does not allow this request",
     "busy": "the enclave has no room for another request or session now",
-    "draining": "the enclave is shutting down",
 }
 
 

@@ -186,6 +186,7 @@ MAY = {
         "mmap executable",
         "mprotect executable",
         "recvmsg",
+        "pread64",
         "writev",
         "epoll_wait",
         *ALL_MAY,
@@ -309,7 +310,7 @@ COMMON = set(map(int, COMMON.split()))
 OWN = {
     "gate": {7, 9, 10, 44, 47, 48, 51, 55, 271, 288},
     "loader": {9, 10, 17, 18, 44, 46},
-    "engine": {7, 9, 10, 20, 44, 47, 232, 271},
+    "engine": {7, 9, 10, 17, 20, 44, 47, 232, 271},
 }
 CLONE, CLONE3, AUDIT_ARCH_AARCH64 = 56, 435, 0xC00000B7
 

@@ -1277,6 +1277,44 @@ class Passes(unittest.TestCase):
         self.assertEqual(order, [0, 4, 1, 5, 2, 6, 3])
 
 
+class Products(unittest.TestCase):
+    """What stands in for a matrix product where the processor has no bfloat16."""
+
+    def product(self, rows, outputs, dtype, bias=None):
+        """(ours, how often PyTorch's own was asked, the exact one) of random values."""
+        draw = torch.Generator().manual_seed(rows)
+        values, weight = (
+            torch.randn(*size, 64, generator=draw) for size in ((1, rows), (outputs,))
+        )
+        values, weight, asked = values.to(dtype), weight.to(dtype), []
+
+        def linear(*tensors):
+            asked.append(tensors)
+            return torch.nn.functional.linear(*tensors)
+
+        exact = torch.nn.functional.linear(values.double(), weight.double())
+        bias = None if bias is None else torch.full((outputs,), bias, dtype=dtype)
+        return muenclave.multiply(linear, values, weight, bias), len(asked), exact
+
+    def test_rounded_once(self):
+        for rows, outputs in ((4, 1), (5, 512), (8, 1300)):
+            ours, asked, exact = self.product(rows, outputs, torch.bfloat16)
+            self.assertEqual(asked, -(-outputs // 512))
+            self.assertEqual((ours.dtype, ours.shape), (torch.bfloat16, exact.shape))
+            # Half a unit in the last of 8 places, and what float32 has lost before.
+            self.assertLessEqual(((ours - exact).abs() / exact.abs()).max(), 2**-9 * 1.01)
+
+    def test_a_bias_is_added(self):
+        plain, _, _ = self.product(4, 20, torch.bfloat16)
+        more, _, _ = self.product(4, 20, torch.bfloat16, bias=3)
+        self.assertTrue(torch.equal(more, plain + 3))
+
+    def test_all_else_is_pytorch_s(self):
+        for rows, dtype in ((3, torch.bfloat16), (8, torch.float32), (8, torch.float16)):
+            ours, asked, _ = self.product(rows, 700, dtype)
+            self.assertEqual((asked, ours.dtype), (1, dtype))
+
+
 class Memory(unittest.TestCase):
     """The cache takes what is free when the model has been loaded, and no more."""
 

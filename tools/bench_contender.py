@@ -66,7 +66,6 @@ class Ours:
     packages = ("torch", "transformers")
 
     def __init__(self, folder, threads, device):
-        import torch
         from safetensors.torch import load_file
 
         import muenclave
@@ -74,7 +73,6 @@ class Ours:
         sys.path.insert(0, str(ROOT / "tools"))
         import weights
 
-        torch.set_num_threads(threads)
         state = {}
         for path in sorted(folder.glob("*.safetensors")):
             state |= load_file(path)
@@ -84,6 +82,7 @@ class Ours:
         settings |= {"ENCLAVE_THREADS": threads}
         settings = muenclave.DEFAULTS | {name: str(value) for name, value in settings.items()}
         facts = weights.make_facts([], fields, generation)
+        muenclave.warm_up(fields["model_type"], settings, device)
         model = muenclave.build_model(fields, state, device)
         self.weights = weights_of(model)
         self.decoder = muenclave.Decoder(model, facts, Ids(), settings, None)

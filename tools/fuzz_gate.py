@@ -171,7 +171,7 @@ class Local:
         """End the gate, if there is one."""
         if self.gate is not None:
             with contextlib.suppress(OSError):
-                self.gate.end_lease("draining")
+                self.gate.end_lease("lease_ended")
             self.welcome.join(self.patience)
             self.gate.control.close()
             self.gate = None

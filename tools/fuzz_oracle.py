@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 CODES = """bad_frame bad_json bad_message bad_record bad_share timeout connection_lost
 version_unsupported evidence_refused evidence_unavailable locked token_refused wrong_key wrong_model
 lease_refused lease_ended container_corrupt model_invalid no_engine out_of_memory engine_lost
-prompt_invalid prompt_too_long too_many_tokens policy_refused busy draining""".split()
+prompt_invalid prompt_too_long too_many_tokens policy_refused busy""".split()
 # What a session outlives, besides a message of the wrong form.
 MENDABLE = "prompt_invalid prompt_too_long too_many_tokens policy_refused busy engine_lost".split()
 HANDSHAKE_LIMIT, REQUEST_LIMIT, MESSAGE_LIMIT = 4096, 1 << 20, 8 << 20  # bytes
