@@ -440,7 +440,7 @@ class Ending(unittest.TestCase):
 
     def test_a_microvm_can_t_prove_what_the_product_has_to(self):
         with guest.Guest(self.image, support.sealed_demo().model, "--microvm") as running:
-            self.assertIn("/dev/tpm0", running.wait_for("muenclave: error:"))
+            self.assertIn("/dev/tpmrm0", running.wait_for("muenclave: error:"))
             running.process.wait(guest.SECONDS)
             self.assertEqual(running.process.returncode, 0)
 
