@@ -829,13 +829,13 @@ def gate_main(settings, control):
     return 0
 
 
-def welcome(gate, listener):
-    """Take connections until the lease has ended, each into a thread.
+def welcome(gate, listener, rate=20, burst=40):
+    """Take connections until the lease has ended, each into a thread: so many a second and at once,
+    since a flood of key agreements may have a part of the processor only.
 
     When all places are taken, the oldest peer that has proved nothing makes room.
     """
-    # Key agreements: 20 a second, 40 at once, so that a flood gets a part of the processor.
-    arrivals = mp.Meter(20, 40, -2 * mp.NANOSECOND)
+    arrivals = mp.Meter(rate, burst, -2 * mp.NANOSECOND)
     while gate.code is None:
         if time.monotonic_ns() >= gate.account.expires:
             gate.end_lease("lease_ended")

@@ -50,7 +50,7 @@ TOKEN = "mu-" + "5a" * 32
 SECRETS = {"owner": bytes([1]) * 32, "user": bytes([2]) * 32}
 WEIGHTS_KEY = bytes([3]) * 32
 FREE = 10**9  # bytes a second
-QUICK = {"SHORTEST_TICK": 1000, "ACCEPT_PAUSE": 0, "PAUSE": 0.02}  # of muenclave, in this process
+QUICK = {"SHORTEST_TICK": 1000, "PAUSE": 0.02}  # of muenclave, in this process
 IMPATIENT = {"HANDSHAKE_SECONDS": 3, "FRAME_SECONDS": 3}  # while peers stall in this process
 SEQUENCE_START = 1000
 NONCE = "ab" * 32
@@ -165,7 +165,7 @@ class Local:
     def serve(self, listener):
         """What gate_main does between its files and its end."""
         with listener:
-            me.welcome(self.gate, listener)
+            me.welcome(self.gate, listener, 1000, 1000)
 
     def stop(self):
         """End the gate, if there is one."""
