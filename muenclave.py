@@ -675,20 +675,23 @@ class Session:
             self.say({name: fact for name, fact in facts.items() if fact is not None})
 
     def handshake(self):
-        """Steps 0 and 1: agree on keys, bind the transcript into evidence."""
-        gate, kind = self.gate, self.gate.settings["ENCLAVE_EVIDENCE"]
+        """Steps 0 and 1: agree on keys, bind the transcript into evidence.
+
+        The peer makes its share while we make ours, and agrees while we do.
+        """
+        gate, kind, share = self.gate, self.gate.settings["ENCLAVE_EVIDENCE"], mp.KeyShare()
         payload = mp.read_frame(self.connection, mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)
         challenge = mp.parse_message(payload, mp.CHALLENGE)
         if challenge["version"] != mp.VERSION or challenge["evidence"] != kind:
             raise ProtocolError("version_unsupported")
-        share, state = mp.KeyShare(), gate.state
         facts = {"nonce": secrets.token_hex(32), "share": share.public.hex()}
-        facts |= {"status": "locked" if state == "lease ended" else state}
+        facts["status"] = gate.state.replace("lease ended", "locked")
         answer = mp.encode_json(gate.facts | facts)
+        self.write(mp.frame(answer))
         transcript = mp.transcript_hash(payload, answer)
         keys = mp.session_keys(share.agree(bytes.fromhex(challenge["share"])), transcript)
         proof = gate.evidence.produce(challenge["role"], mp.report_data(kind, transcript))
-        self.write(mp.frame(answer) + mp.frame(proof))
+        self.write(mp.frame(proof))
         self.role, self.opener = challenge["role"], mp.Opener(keys["h2e"], mp.REQUEST_FRAME)
         self.sealer, self.close_key = mp.Sealer(keys["e2h"], mp.CELL), keys["close"]
 

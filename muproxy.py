@@ -383,14 +383,14 @@ class Session:
         challenge = mp.encode_json(challenge)
         self.link.sendall(mp.frame(challenge))
         answer = mp.read_frame(self.link, mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)
-        proof = mp.read_frame(self.link, mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)
         self.measurement = mp.parse_message(answer, mp.MEASUREMENT)
         transcript = mp.transcript_hash(challenge, answer)
+        keys = mp.session_keys(share.agree(bytes.fromhex(self.measurement["share"])), transcript)
+        proof = mp.read_frame(self.link, mp.HANDSHAKE_FRAME, HANDSHAKE_SECONDS)
         self.checks = EVIDENCE[kind](psk, mp.report_data(kind, transcript), proof, reference)
         self.checks += check_measurement(self.measurement, reference, **wanted)
         if not all(check.ok or check.name in excused for check in self.checks):
             raise Refusal(self.checks)
-        keys = mp.session_keys(share.agree(bytes.fromhex(self.measurement["share"])), transcript)
         self.close_key, self.sealer = keys["close"], mp.Sealer(keys["h2e"])
         self.opener = mp.Opener(keys["e2h"], mp.MESSAGE_LIMIT)
 
