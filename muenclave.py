@@ -343,7 +343,6 @@ class Psk:
 
 
 EVENT_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
-EVENT_LOG_LIMIT = 256 << 10  # bytes: firmware, the host's, can make it as long as it likes
 
 
 class Tpm2:
@@ -362,7 +361,7 @@ class Tpm2:
         reads = (mp.tpm_command(mp.TPM_CC_PCR_READ, b"", mp.pcr_selection(n)) for n in mp.PCRS)
         self._pcrs = b"".join(mp.tpm_ask(self._device, read)[-32:] for read in reads)
         with contextlib.suppress(FileNotFoundError), open(EVENT_LOG, "rb") as file:
-            self.log = file.read(EVENT_LOG_LIMIT)
+            self.log = file.read(256 << 10)  # the host's firmware can make it as long as it likes
 
     def produce(self, role, data):
         """The proof over 32 bytes of report data, as TPM2_Quote gives it, then the PCRs' values.
@@ -1048,7 +1047,8 @@ def warm_up(model_type, settings, device):
 
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
     if not torch.cpu._is_avx512_bf16_supported():
-        torch.nn.functional.linear = functools.partial(multiply, torch.nn.functional.linear)
+        linear = torch.nn.functional.linear
+        torch.nn.functional.linear = functools.partial(multiply, linear, torch.empty(1 << 19))
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
     model = build_model(config.to_dict(), tiny.state_dict(), device)
@@ -1060,15 +1060,19 @@ def warm_up(model_type, settings, device):
         decoder.step()
 
 
-def multiply(linear, values, weight, bias=None):
-    """A matrix product on a CPU without bfloat16: in float32, as much at once as a cache holds."""
+def multiply(linear, spare, values, weight, bias=None):
+    """A matrix product on a CPU without bfloat16: in float32, as much at once as a cache holds.
+
+    linear: PyTorch's own. spare: memory for a part of the weight; new memory costs more than sums.
+    """
     import torch
 
     if not values.is_cpu or values.dtype != torch.bfloat16 or values.shape[:-1].numel() < 4:
         return linear(values, weight, bias)
-    wide = values.float()
-    product = torch.cat([linear(wide, part.float()) for part in weight.split(512)], -1)
-    return product.to(values.dtype) if bias is None else product.to(values.dtype) + bias
+    wide, parts = values.float(), weight.split(len(spare) // weight.shape[1])
+    parts = (spare[: part.numel()].view(part.shape).copy_(part) for part in parts)
+    product = torch.cat([linear(wide, part) for part in parts], -1).to(values.dtype)
+    return product if bias is None else product + bias
 
 
 # -- prompts
@@ -1240,11 +1244,17 @@ class Decoder:
         self.streams.remove(stream)
 
     def step(self):
-        """CHUNK tokens of prompts, then one token for every stream whose prompt is in the cache."""
+        """CHUNK tokens of prompts, then one token for every stream whose prompt is in the cache.
+
+        A pass takes as many prompts as fit, filled up to the longest of them.
+        """
         self.admit()
         active = [stream for stream in self.streams if stream.row is not None]
         running = [stream for stream in active if stream.cached + 1 == len(stream.ids)]
-        self.advance(first_prompts([stream for stream in active if stream not in running]))
+        prompts = [stream for stream in active if stream not in running]
+        longest = itertools.accumulate((len(stream.ids) - stream.cached for stream in prompts), max)
+        fitting = sum(size * number <= CHUNK for number, size in enumerate(longest, 1))
+        self.advance(prompts[: max(fitting, 1)])
         self.advance(sorted(running, key=lambda stream: stream.row))
 
     def admit(self):
@@ -1326,13 +1336,6 @@ class Decoder:
         for value in (mp.margin_code(float(margins[tokens].min())), min(near, 255)):
             self.out += mp.PIPE.pack(mp.ID, stream.slot, value)
         return tokens[0]
-
-
-def first_prompts(streams):
-    """As many as make no more than CHUNK tokens in one pass, filled up to the longest of them."""
-    longest = itertools.accumulate((len(stream.ids) - stream.cached for stream in streams), max)
-    count = sum(size * number <= CHUNK for number, size in enumerate(longest, 1))
-    return streams[: max(count, 1)]
 
 
 def score(streams, logits):

@@ -17,6 +17,7 @@ import muprotocol as mp
 
 FREE_RATE = 10**9  # bytes a second: a meter that is effectively off
 HANDSHAKES = 20  # of a round, one after the other
+REST = 3  # seconds, until the gate takes as many at once again: in a flood they wait their turn
 OPENERS = 16  # threads that open many sessions at once
 TABLE = [b"%d " % number for number in range(300)]
 
@@ -90,6 +91,7 @@ def run_handshake(flags, say):
         time_handshake(stand)
         for number in range(flags.rounds):
             say(f"round {number + 1} of {flags.rounds}: {HANDSHAKES} handshakes")
+            time.sleep(REST)
             times = [time_handshake(stand) for _ in range(HANDSHAKES)]
             limits = [time_exponentiations() for _ in range(HANDSHAKES)]
             for name, values in zip(names, (*zip(*times, strict=True), limits)):
