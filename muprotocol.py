@@ -205,11 +205,18 @@ LEASE = {
     "users": is_list(is_hex(32), 0, 32),  # SHA-256 of access tokens
     "policy": is_object(POLICY),
 }
+
+
+def is_share(value):
+    """Whether it is a key share that can be agreed with (NIST SP 800-56A, 5.6.2.3.1)."""
+    return is_hex(SHARE_SIZE)(value) and 1 < int(value, 16) < PRIME - 1
+
+
 CHALLENGE = {
     "version": is_integer(0, 1 << 31),
     "role": is_one_of("owner", "user"),
     "nonce": is_hex(32),
-    "share": is_hex(384),
+    "share": is_share,
     "evidence": is_one_of(*EVIDENCE_KINDS),
 }
 POSTURE = {"confinement": is_one_of("full", "seccomp", "none"), "debug": is_one_of(True, False)}

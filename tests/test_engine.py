@@ -22,6 +22,7 @@ import tempfile
 import threading
 import types
 import unittest
+from unittest import mock
 
 import torch
 import transformers
@@ -1433,6 +1434,14 @@ def saved(model, kind, template=CHATML):
         return files_of(pathlib.Path(folder)) | made
 
 
+def products():
+    """A context in which matrix products are an engine's, as its warm-up has them here."""
+    linear = torch.nn.functional.linear
+    ours = functools.partial(muenclave.multiply, linear, torch.empty(1 << 19))
+    is_ours = not torch.cpu._is_avx512_bf16_supported()
+    return mock.patch.object(torch.nn.functional, "linear", ours if is_ours else linear)
+
+
 class Process(unittest.TestCase):
     """Whatever a model brings works where no file can be opened; or is refused in one word."""
 
@@ -1456,7 +1465,8 @@ class Process(unittest.TestCase):
             with self.subTest(model=model_type, tokenizer=kind):
                 model = tiny(model_type, vocab_size=1000, **fields).to(getattr(torch, dtype))
                 files = saved(model, kind, template)
-                wanted = answers(decoder(load(files), prompter(kind, template)), self.REQUESTS)
+                with products():
+                    wanted = answers(decoder(load(files), prompter(kind, template)), self.REQUESTS)
                 self.assertEqual(len(wanted[0][0]), 6)
                 self.assertEqual(wanted[3], ([], "prompt_invalid"))
                 self.assertEqual(wanted[5], ([], "too_many_tokens"))

@@ -245,7 +245,7 @@ def parse(data, *forms):
     """(form, object) of a message in one of these forms. Raises Refused: bad_json, bad_message."""
     value = parse_json(data)
     for form in forms:
-        if is_form(value, form):
+        if is_form(value, form) and (form != "challenge" or is_share(value["share"])):
             return form, value
     raise Refused("bad_message")
 
@@ -430,8 +430,8 @@ class Peer:
             if self.stage == "challenge":
                 _, self.challenge = parse(payload, "challenge")
                 is_ours = self.challenge["version"] == 1 and self.challenge["evidence"] == "psk"
-                if not is_ours or not is_share(self.challenge["share"]):
-                    raise Refused("bad_share")
+                if not is_ours:
+                    raise Refused("version_unsupported")
                 self.payload, self.stage = payload, "measurement"
                 return
             message = self.records.open(payload)
