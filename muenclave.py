@@ -935,7 +935,8 @@ WARM_PROMPTS = """{"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b":
 def engine_main(settings, gate, loader):
     """Import, warm up, confine; only then take the arena; build the model, serve until killed.
 
-    All of its ranks do, a process each, of which only the first has the gate's pipe.
+    All of its ranks do, a process each; only the first serves the gate, the others may say that
+    they have failed.
     """
     device, ranks = settings["ENCLAVE_DEVICE"], int(settings["ENCLAVE_RANKS"])
     try:

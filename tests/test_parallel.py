@@ -36,17 +36,6 @@ def setUpModule():
     warnings.filterwarnings("ignore", message="Current model requires")
 
 
-class Recorder(mp.Vocabulary):
-    """A vocabulary that keeps the ids that came."""
-
-    ids = ()
-
-    def unpack(self, data):
-        found = super().unpack(data)
-        self.ids = [*self.ids, *found]
-        return found
-
-
 def engines(enclave):
     """The process ids of an enclave's engine, its first rank first, which starts the others."""
     parents = {}
@@ -62,10 +51,8 @@ def engines(enclave):
 def ask(enclave, request):
     """The ids of an answer."""
     with enclave.ready() as session:
-        table = Recorder(enclave.site.vocabulary.read_bytes())
-        for _ in session.generate(request, table):
-            pass
-        return list(table.ids)
+        table = muproxy.read_vocabulary(enclave.site.vocabulary)
+        return [token for ids in session.exchange(request, table) for token in ids]
 
 
 def ask_all(enclave):

@@ -450,6 +450,34 @@ class Tpm(unittest.TestCase):
             self.assertEqual(str(caught.exception), f"the TPM answers {response[:10].hex()}")
 
 
+class Shares(unittest.TestCase):
+    """What a challenge may hold as a key share; nothing is said to one that holds another."""
+
+    def test_range(self):
+        for value in (2, 3, mp.PRIME - 2):
+            self.assertTrue(mp.is_share(f"{value:0768x}"))
+        for value in (0, 1, mp.PRIME - 1, mp.PRIME, mp.PRIME + 1, (1 << 3072) - 1):
+            self.assertFalse(mp.is_share(f"{value:0768x}"))
+        for text in ("", "02", "0" * 767 + "2 ", "0" * 769 + "2", 2, None, ["0" * 767 + "2"]):
+            self.assertFalse(mp.is_share(text))
+
+
+class Failures(unittest.TestCase):
+    """What an engine calls that by which it was ended."""
+
+    def test_numbers(self):
+        memory = type("OutOfMemoryError", (RuntimeError,), {})  # as PyTorch's is called
+        for error, code in (
+            (MemoryError(), "out_of_memory"),
+            (memory(), "out_of_memory"),
+            (ModuleNotFoundError(), "no_engine"),
+            (PermissionError(), "no_engine"),
+            (ValueError(), "model_invalid"),
+            (RuntimeError(), "model_invalid"),
+        ):
+            self.assertEqual(mp.FAILURES[mp.failure(error)], code)
+
+
 class AesGcm(unittest.TestCase):
     """The cipher that `cryptography` gives us, on published vectors.
 

@@ -118,15 +118,17 @@ def huge_pages():
 def as_in_guest(is_wanted):
     """Huge pages for files in memory, as the guest's init has them. Raises ToolError."""
     before = huge_pages()
-    try:
-        if is_wanted:
-            HUGE_PAGES.write_text("always")
+    if not is_wanted:
         yield
-    except PermissionError:
-        raise ToolError("--huge-pages needs root, to set what the guest's init sets") from None
+        return
+    try:
+        HUGE_PAGES.write_text("always")
+    except OSError as error:
+        raise ToolError(f"--huge-pages: can't write {HUGE_PAGES}: {error.strerror}") from None
+    try:
+        yield
     finally:
-        if is_wanted and before and huge_pages() != before:
-            HUGE_PAGES.write_text(before)
+        HUGE_PAGES.write_text(before)
 
 
 def run_unseal(flags, say):
