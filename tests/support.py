@@ -220,13 +220,13 @@ class Enclave:
         return contextlib.closing(session)
 
     def end(self):
-        """Ask it to end, twice: the second time it does not wait for running answers."""
-        for _ in range(2):
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.process.wait(10)
-        self.process.kill()
-        raise AssertionError("the enclave did not end when it was asked to")
+        """Ask it to end, and wait until it has. AssertionError if it does not."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError("the enclave did not end when it was asked to") from None
 
     def __enter__(self):
         return self

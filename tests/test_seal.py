@@ -85,7 +85,7 @@ def tiny(folder, rows=500):
     """Write a small model directory: one of everything that is taken. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "llama", "vocab_size": 300, "architectures": ["LlamaForCausalLM"]}
-    write(folder / "config.json", config)
+    write(folder / "config.json", config | {"dtype": "bfloat16"})
     write(folder / "generation_config.json", {"eos_token_id": 256})
     write(folder / "tokenizer.json", byte_level_json())
     write(folder / "tokenizer_config.json", {"eos_token": "<|end|>"})
