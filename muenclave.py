@@ -67,12 +67,13 @@ def read_config(path=CONFIG_FILE):
 # the C library falls back to clone, whose flags a filter can see.
 
 UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
-# Name, number on x86-64, who may call it (gate, loader, engine), and a condition: argument & mask
-# == value. clone makes threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN).
-# ioctl makes a socket non-blocking (FIONBIO), setsockopt sets SO_SNDTIMEO; fcntl seals and
-# duplicates (1030, F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and
-# loader is executable; torch compiles its CPU kernels at run time, so the engine's may be. Ranks
-# talk by writev and epoll_wait, on connections that they had before.
+# Name, number on x86-64, who may call it (gate, loader, engine; v: an engine on a GPU), and a
+# condition: argument & mask == value. clone makes threads (CLONE_THREAD), not processes; sendto
+# can't connect (MSG_FASTOPEN). ioctl makes a socket non-blocking (FIONBIO), or drives a GPU, whose
+# requests are 0x46.. and 0x00..; setsockopt sets SO_SNDTIMEO; fcntl seals and duplicates (1030,
+# F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and loader is
+# executable; torch compiles its CPU kernels at run time, so the engine's may be. Ranks talk by
+# writev and epoll_wait, on connections that they had before.
 SYSCALLS = """
 read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
 rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
@@ -83,7 +84,7 @@ ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, gets
 pread64 17 le, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
 mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
-fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e
+fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e, ioctl 16 v 1 0xB900 0
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -132,14 +133,14 @@ def set_capabilities(kept):
     check(LIBC.capset(header, data), "capset")
 
 
-def filter_program(role):
-    """The seccomp filter of a role, as bytes of classic BPF, 8 for each instruction."""
+def filter_program(who):
+    """The seccomp filter for these letters, as bytes of classic BPF, 8 for each instruction."""
     load, equal, mask_with, give = 0x20, 0x15, 0x54, 0x06
     allow, refuse, absent = 0x7FFF0000, 0x50001, 0x50026  # EPERM is 1, ENOSYS 38
     program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH), (give, 0, 0, refuse), (load, 0, 0, 0)]
     program += [(equal, 0, 1, CLONE3), (give, 0, 0, absent)]
     for fields in map(str.split, SYSCALLS.split(",")):
-        if role[0] in fields[2]:
+        if not set(who).isdisjoint(fields[2]):
             argument, mask, value = (int(field, 0) for field in fields[3:] or "000")
             program += [(equal, 0, 5, int(fields[1])), (load, 0, 0, 16 + 8 * argument)]
             program += [(mask_with, 0, 0, mask), (equal, 0, 1, value)]
@@ -147,9 +148,9 @@ def filter_program(role):
     return b"".join(struct.pack("=HBBI", *line) for line in [*program, (give, 0, 0, refuse)])
 
 
-def confine(role):
-    """Install the role's filter on every thread of this process. Raises OSError."""
-    code = ctypes.create_string_buffer(filter_program(role))
+def confine(who):
+    """Install the filter for these letters on every thread of this process. Raises OSError."""
+    code = ctypes.create_string_buffer(filter_program(who))
     header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(code))
     check(LIBC.syscall(SECCOMP, MODE_FILTER, ALL_THREADS, header), "the system call filter")
 
@@ -165,14 +166,17 @@ WITHHELD = {"gate": (), "loader": ("_PSK",), "engine": ("_PSK", "_PATH")}  # end
 
 
 def init_main(settings):
-    """Run the enclave until its gate ends. Returns the exit status."""
+    """Run gates one after the other, until one fails. Returns the exit status.
+
+    A signal that ends this process ends all of them, by PR_SET_PDEATHSIG.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = settings | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     settings["TORCHINDUCTOR_CACHE_DIR"] = "/proc"  # torch wants a folder: one that stays empty
-    signals = []  # so far
-    while (status := supervise(settings, signals)) is None:
-        pass  # its gate has locked itself, and is to be started afresh
+    while supervise(settings):
+        pass
     say("stopped")
-    return status
+    return 1
 
 
 def say(text):
@@ -180,20 +184,10 @@ def say(text):
     print(f"muenclave: {text}", file=sys.stderr, flush=True)
 
 
-def supervise(settings, signals):
-    """Run one gate to its end. Returns the exit status, None if it is to be started afresh."""
+def supervise(settings):
+    """Run one gate to its end. Returns whether it has locked itself: the next one may come."""
     control, for_gate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     gate, helpers, told = spawn("gate", settings, for_gate), [], set()  # told: lines of LOG
-
-    def stop(number, _):
-        """The gate ends, and all with it."""
-        gate.kill()
-        signals.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    if signals:  # one came between two gates
-        gate.kill()
     with control, contextlib.suppress(ConnectionError):  # it has ended with something unread
         while message := control.recv(512):
             letter = message[:1]
@@ -208,7 +202,7 @@ def supervise(settings, signals):
                 say("error: " + message[1:].decode("utf-8", "replace"))
     end(helpers)
     end([gate], LEAVE_SECONDS)
-    return None if "lease ended" in told and not signals else int(not signals)
+    return "lease ended" in told
 
 
 def spawn(role, settings, *sockets):
@@ -389,11 +383,10 @@ class Gate:
         self.facts["posture"] = {"confinement": settings["ENCLAVE_CONFINEMENT"], "debug": False}
         self.lock, self.pipe = threading.RLock(), threading.Lock()  # pipe: one message at a time
         self.state, self.account = "locked", mp.Account()
-        self.container = self.key = self.engine = self.vocabulary = self.closing = None
+        self.container = self.key = self.engine = self.vocabulary = self.closing = self.code = None
         self.progress = self.context = self.restarts = self.turn = 0
-        self.code = None  # why the lease ended
-        # Slot: reply that the engine has not ended. Session: None, the oldest first. Replies that
-        # are not in the chain of exchanges yet.
+        # code: why the lease ended. Slot: reply that the engine has not ended. Session: None, the
+        # oldest first. Replies that are not in the chain of exchanges yet.
         self.replies, self.sessions, self.open = {}, {}, []
         rate, burst = int(settings["ENCLAVE_RATE"]), int(settings["ENCLAVE_BURST"])
         # Full at the start: before an unlock, nothing that leaves was chosen by an engine.
@@ -817,7 +810,7 @@ def gate_main(settings, control):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         mp.warm_up()
         drop_privileges("gate", settings["ENCLAVE_CONFINEMENT"])
-        confine("gate")
+        confine("g")
     except Exception as error:  # noqa: BLE001  whatever it is, init says it in one line
         control.send(b"e" + (str(error).partition("\n")[0] or repr(error)).encode()[:500])
         return 1
@@ -825,8 +818,8 @@ def gate_main(settings, control):
     gate.log("locked")
     welcome(gate, listener)
     listener.close()
-    leave_by = time.monotonic() + LEAVE_SECONDS
-    while gate.sessions and time.monotonic() < leave_by:
+    control.close()  # from now on init waits for our end, so many seconds
+    while gate.sessions:
         time.sleep(PAUSE / 10)
     return 0
 
@@ -873,7 +866,7 @@ def loader_main(settings, gate, engine):
     from cryptography.exceptions import InvalidTag
 
     drop_privileges("loader", settings["ENCLAVE_CONFINEMENT"])
-    confine("loader")
+    confine("l")
     container = mp.Container(mp.read_frame(gate, mp.HEADER_LIMIT))
     cipher = mp.aead(container.chunk_key(mp.read_frame(gate, 32)))
     try:
@@ -944,14 +937,13 @@ def engine_main(settings, gate, loader):
         meeting = socket.create_server(("127.0.0.1", 0)) if ranks > 1 else None
         rank = next((number for number in range(1, ranks) if os.fork() == 0), 0)
         drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
-        if meeting:
-            device = join_ranks(rank, ranks, meeting)
-        warm_up(model_type, settings, device)
-        confine("engine")
+        place = join_ranks(rank, ranks, meeting) if meeting else find_place(device)
+        warm_up(model_type, settings, place)
+        confine("e" if device == "cpu" else "ev")
         with loader:
             files = map_arena(loader)
         fields, facts, prompts = (json.loads(bytes(files[name])) for name in ENGINE_FILES)
-        model = build_model(fields, read_state(files, facts["tensors"]), device)
+        model = build_model(fields, read_state(files, facts["tensors"]), place)
         decoder = Decoder(model, facts, Prompter(prompts), settings, None if rank else gate)
     except Exception as error:  # noqa: BLE001  a broken model may raise anything
         gate.sendall(mp.PIPE.pack(mp.FAILED, 0, mp.failure(error)))
@@ -960,8 +952,20 @@ def engine_main(settings, gate, loader):
     decoder.serve()
 
 
+def find_place(device):
+    """Where from_pretrained puts the model: on a device; for "auto", layer by layer on all GPUs,
+    of whose memory a fifth is left for the cache.
+    """
+    import torch
+
+    if device != "auto":
+        return {"device_map": device}
+    room = {n: torch.cuda.mem_get_info(n)[0] * 4 // 5 for n in range(torch.cuda.device_count())}
+    return {"device_map": device, "max_memory": room}
+
+
 def join_ranks(rank, ranks, meeting):
-    """Connect all ranks, which can't be done later. Returns a DistributedConfig.
+    """Connect all ranks, which can't be done later. Returns how from_pretrained shares the model.
 
     meeting: where the first one listens. transformers would connect them anew for every model: it
     gets one mesh for all.
@@ -976,7 +980,7 @@ def join_ranks(rank, ranks, meeting):
     config = DistributedConfig(tp_size=ranks)
     mesh = mixin.initialize_distributed_mesh(config)
     mixin.initialize_distributed_mesh = lambda _: mesh
-    return config
+    return {"distributed_config": config}
 
 
 def share(value):
@@ -1022,17 +1026,20 @@ def read_state(files, tensors):
     return state
 
 
-def build_model(fields, state, device):
+def build_model(fields, state, place):
     """transformers' own class for the config, filled from memory; no path, no remote code.
 
-    fields: config.json. state: {name: tensor}. device: its name, or how ranks share it.
+    fields: config.json. state: {name: tensor}. place: of find_place or join_ranks. Raises
+    MemoryError if it does not fit there: transformers would have layers on a disk, and refuses.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
     config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     dtype = config.dtype or next(iter(state.values())).dtype
-    place = "device_map" if isinstance(device, str) else "distributed_config"
-    options = {"config": config, "state_dict": state, "dtype": dtype, place: device}
+    room, size = place.get("max_memory"), sum(tensor.nbytes for tensor in state.values())
+    if room is not None and size > sum(room.values()):
+        raise MemoryError
+    options = {"config": config, "state_dict": state, "dtype": dtype} | place
     options |= {"output_loading_info": True, "generation_config": GenerationConfig()}
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, **options)
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
@@ -1040,7 +1047,7 @@ def build_model(fields, state, device):
     return model.eval()
 
 
-def warm_up(model_type, settings, device):
+def warm_up(model_type, settings, place):
     """Import and run what the real model will use, on a tiny one: later nothing can be opened."""
     import jinja2.debug  # noqa: F401  for a template that is wrong
     import torch
@@ -1052,13 +1059,14 @@ def warm_up(model_type, settings, device):
         torch.nn.functional.linear = functools.partial(multiply, linear, torch.empty(1 << 19))
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    model = build_model(config.to_dict(), tiny.state_dict(), device)
-    facts = {"context": 64, "ends": [], "sampling": mp.NEUTRAL | {"temperature": 1}}
-    decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
-    chat = {"messages": [{"role": "user", "content": "a"}], "date": "b", "top_k": 5, "top_p": 0.9}
-    decoder.take(chat | {"slot": 0, "seed": 1, "temperature": 0.7, "repetition_penalty": 1.1})
-    while decoder.streams:
-        decoder.step()
+    facts = {"context": 64, "ends": [], "sampling": dict.fromkeys(mp.NEUTRAL, 2)}
+    chat = {"messages": [{"role": "user", "content": "a"}], "slot": 0, "seed": 1, "temperature": 1}
+    for part in [{"device_map": gpu} for gpu in place.get("max_memory", ())] or [place]:
+        model = build_model(config.to_dict(), tiny.state_dict(), part)
+        decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
+        decoder.take(chat)
+        while decoder.streams:
+            decoder.step()
 
 
 def multiply(linear, spare, values, weight, bias=None):
@@ -1144,8 +1152,9 @@ class SlotCache:
             size = (self.count, keys.shape[1], self.context)
             self.layers[layer] = [new.new_zeros(*size, new.shape[3]) for new in (keys, values)]
             self.stores += self.layers[layer]
+        rows, places = (part.to(keys.device) for part in self.index)
         for store, new in zip(self.layers[layer], (keys, values)):
-            store[self.index] = new.transpose(1, 2)
+            store[rows, :, places] = new.transpose(1, 2)
         return tuple(store[self.view, :, : self.span] for store in self.layers[layer])
 
     def get_seq_length(self, *_):
@@ -1156,13 +1165,13 @@ class SlotCache:
 class Decoder:
     """A batch with a row for each stream; requests join and leave it between two tokens.
 
-    A stream: its request over the model's sampling defaults; row (None while it waits for one), ids
-    (the prompt, `start` of them, then the answer), limit of these, cached (how many of them are).
+    A stream: its request over the model's defaults; row (None while it waits for one), ids (the
+    prompt, `start` of them, then the answer), limit of these, cached (how many of them are).
     """
 
     def __init__(self, model, facts, prompter, settings, gate):
         self.model, self.prompter, self.gate = model, prompter, gate
-        self.ends, self.sampling = facts["ends"], facts["sampling"]
+        self.ends, self.defaults = facts["ends"], {"score": None, "user": None} | facts["sampling"]
         room = self.measure_room(int(settings["ENCLAVE_RANKS"]))
         limits = [getattr(model.config, name, None) for name in WINDOWS] + [facts["context"], room]
         self.context = min(filter(None, [*limits, int(settings["ENCLAVE_CONTEXT"])]))
@@ -1174,15 +1183,19 @@ class Decoder:
         self.check()
 
     def measure_room(self, ranks):
-        """How many tokens fit into the memory that is free now. Raises MemoryError for none."""
+        """How many tokens fit into the memory that is free now. Of several GPUs, the least free one
+        counts, and the most needed. Raises MemoryError for none.
+        """
         import torch
 
         self.cache = SlotCache(1, 1)
         self.forward([0], [[1]], [0])
         kib = re.search(rb"MemAvailable: +(\d+)", os.pread(memory_file(), 4096, 0))[1]
+        places = {store.device for store in self.cache.stores}
+        size = max(sum(s.nbytes for s in self.cache.stores if s.device == one) for one in places)
         is_gpu = self.model.device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if is_gpu else int(kib) * 1024 // ranks
-        room = share(int(free * CACHE_SHARE) // sum(s.nbytes for s in self.cache.stores))
+        free = min(map(torch.cuda.mem_get_info, places))[0] if is_gpu else int(kib) * 1024 // ranks
+        room = share(int(free * CACHE_SHARE) // size)
         if not room:
             raise MemoryError
         return room
@@ -1223,21 +1236,18 @@ class Decoder:
             for stream in [s for s in self.streams if s.slot == message["cancel"]]:
                 self.end(stream, "cancelled")
             return
-        try:
+        ids, most = [], self.model.config.vocab_size
+        with contextlib.suppress(Exception):  # templates raise what they like
             ids = self.prompter.encode(message)
-        except Exception:  # noqa: BLE001  templates raise what they like
-            ids = []
-        is_invalid = not ids or max(ids) >= self.model.config.vocab_size
         size = len(ids)
         limit = size + message.get("max_new_tokens", self.context - size)
-        refusals = (is_invalid, size >= self.context, limit > self.context)
+        refusals = (max(ids, default=most) >= most, size >= self.context, limit > self.context)
         if any(refusals):  # the first that is true, as in mp.REFUSALS
             self.out += mp.PIPE.pack(mp.REFUSED, message["slot"], refusals.index(True))
             return
         self.out += mp.PIPE.pack(mp.LENGTH, message["slot"], size)
         facts = {"row": None, "ids": ids, "cached": 0, "start": size, "limit": limit}
-        options = {"score": None, "user": None} | self.sampling | message | facts
-        self.streams.append(types.SimpleNamespace(**options))
+        self.streams.append(types.SimpleNamespace(**self.defaults | message | facts))
 
     def end(self, stream, reason):
         """The stream is over; its row is free."""
@@ -1307,7 +1317,7 @@ class Decoder:
         put = functools.partial(torch.tensor, device=device)
         with torch.no_grad():
             positions = put(places) + put(starts)[:, None]
-            self.cache.index = put(rows)[:, None], slice(None), positions
+            self.cache.index = put(rows)[:, None], positions
             span = torch.arange(self.cache.span, device=device)
             mask = (span > positions[:, None, :, None]).to(dtype) * torch.finfo(dtype).min
             facts = {"position_ids": positions, "attention_mask": mask, "cache": self.cache}

@@ -186,7 +186,7 @@ def engine(settings, gate, loader):
     """Take the arena as the real engine does, then do what a prompt says: "memory", "fault"."""
     mp.read_frame(gate, mp.HANDSHAKE_FRAME)  # the model's type
     real.drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
-    real.confine("engine")
+    real.confine("e")
     with loader:
         real.map_arena(loader)
     gate.sendall(mp.PIPE.pack(mp.LOADED, 0, 1024))

@@ -290,7 +290,7 @@ def engine(clock, settings, gate, loader):
     hoard["maps"] = os.open("/proc/self/maps", os.O_RDONLY)
     hoard["memory"] = os.open("/proc/self/mem", os.O_RDONLY)
     real.drop_privileges("engine", settings["ENCLAVE_CONFINEMENT"])
-    real.confine("engine")
+    real.confine("e")
     with loader:
         hoard |= real.map_arena(loader)
     word = clock["word"]

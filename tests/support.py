@@ -116,6 +116,15 @@ def make_site(folder, sealed=None):
     return site
 
 
+def until(condition, what="what another process brings about"):
+    """Wait for condition() to be true, and return it; AssertionError if it never is."""
+    end = time.monotonic() + SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return value
+
+
 def unlock_token(site, **lease):
     """An unlock token for a site's model, whose lease differs from a generous one in these.
 

@@ -15,12 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
 import muprotocol as mp
 import muproxy
-from tests.support import ROOT, SECONDS, Enclave, make_site, own, proxy
+from tests.support import ROOT, SECONDS, Enclave, make_site, own, proxy, until
 
 import ledger  # isort: skip  of tools, which tests.support has put on the path
 
@@ -67,14 +66,6 @@ def session_token(target):
     return {name: fields[name] for name in ("key", "model")}
 
 
-def wait_until(condition):
-    """Wait for something that another thread or process brings about. AssertionError."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "stuck"
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def engine_held(target=None):
     """The engine stands still during the block. Gives the function that lets it go on."""
@@ -82,7 +73,7 @@ def engine_held(target=None):
     state = pathlib.Path(f"/proc/{engine}/stat")
     os.kill(engine, signal.SIGSTOP)
     try:
-        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+        until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
         yield lambda: os.kill(engine, signal.SIGCONT)
     finally:
         os.kill(engine, signal.SIGCONT)
@@ -324,7 +315,7 @@ class Exchanges(Case):
                 lists = session.exchange(request, vocabulary())
                 with engine_held(extra) as go_on, concurrent.futures.ThreadPoolExecutor() as pool:
                     done = pool.submit(list, lists)
-                    wait_until(lambda: inlet.received >= before + 5 * mp.CELL)
+                    until(lambda: inlet.received >= before + 5 * mp.CELL)
                     go_on()
                     came = done.result(SECONDS)
             self.assertTrue(all(came))
@@ -445,10 +436,10 @@ class Programs(Case):
             self.assertEqual(self.ask(prompt="word " * 3000)[0], 400)
             with contextlib.closing(self.request(**ENDLESS, stream=True)) as connection:
                 connection.getresponse().readline()
-            wait_until(self.is_idle)
+            until(self.is_idle)
             with engine_held(extra):
                 self.request(**ENDLESS).close()
-                wait_until(self.is_idle)
+                until(self.is_idle)
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 statuses = list(pool.map(lambda _: self.ask()[0], range(8)))
             self.assertEqual(statuses, [200] * 8)
@@ -525,7 +516,7 @@ class Programs(Case):
     def test_end_of_the_proxy_waits_for_answers(self):
         process, before = self.serve(), head()
         with engine_held() as go_on, contextlib.closing(self.request()) as connection:
-            wait_until(lambda: not self.is_idle())
+            until(lambda: not self.is_idle())
             process.terminate()
             self.assertIn("stopped", process.stderr.readline())
             go_on()

@@ -23,7 +23,7 @@ from unittest import mock
 import muprotocol as mp
 import muproxy
 from tests import browser
-from tests.support import ROOT, SECONDS, TOOLS, Enclave, make_site
+from tests.support import ROOT, SECONDS, TOOLS, Enclave, make_site, until
 
 sys.path.insert(0, str(TOOLS))
 
@@ -100,14 +100,6 @@ def metrics():
     return {name.removeprefix("muproxy_"): float(value) for name, value in pairs}
 
 
-def wait_until(condition):
-    """Wait for what another process brings about. AssertionError."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "stuck"
-        time.sleep(0.05)
-
-
 @contextlib.contextmanager
 def engine_held():
     """The engine stands still."""
@@ -115,7 +107,7 @@ def engine_held():
     stat = pathlib.Path(f"/proc/{engine}/stat")
     os.kill(engine, signal.SIGSTOP)
     try:
-        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
         yield
     finally:
         os.kill(engine, signal.SIGCONT)
@@ -250,7 +242,7 @@ class Http(unittest.TestCase):
         with engine_held():
             for client in clients:
                 client.start()
-            wait_until(lambda: state()["sessions"]["open"] - state()["sessions"]["idle"] == 2)
+            until(lambda: state()["sessions"]["open"] - state()["sessions"]["idle"] == 2)
             for _ in range(5):
                 self.assertEqual(state()["sessions"], {"open": 2, "idle": 0, "limit": 2})
         for client in clients:
@@ -290,7 +282,7 @@ class Http(unittest.TestCase):
             head = {"Authorization": f"Bearer {token()}", "Content-Type": "application/json"}
             connection.request("POST", "/v1/completions", json.dumps(body), head)
             connection.getresponse().readline()
-        wait_until(lambda: not metrics()["requests_running"])
+        until(lambda: not metrics()["requests_running"])
         with owner() as session:
             now = session.command({"status": True})["budget_left"]
         told = state()["enclave"]["budget_left"]  # before the engine's own ending was charged
@@ -477,7 +469,7 @@ class Browser(unittest.TestCase):
         answer, facts = self.ask(tokens="")
         self.assertTrue(answer)
         self.assertRegex(facts, r"^stopped by you · [\d.]+ s$")
-        wait_until(lambda: not metrics()["requests_running"])
+        until(lambda: not metrics()["requests_running"])
         self.assertEqual(self.driver.switch_to.active_element, self.find("prompt"))
         self.driver.execute_script("$('temperature').value = 0")
         self.assertTrue(self.ask()[1].startswith("length · "))

@@ -47,6 +47,7 @@ import seal  # noqa: E402
 import weights  # noqa: E402
 
 SETTINGS = muenclave.DEFAULTS | {"ENCLAVE_THREADS": "1"}
+CPU = {"device_map": "cpu"}
 SPECIAL = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|pad|>")
 MARKS = ("<think>", "</think>")
 CHAT = [{"role": "user", "content": "Tell me about zen."}]
@@ -134,7 +135,7 @@ def loaded(sealed):
 def load(files):
     """The engine's model of files in memory."""
     fields, facts = (json.loads(bytes(files[name])) for name in ("config.json", seal.FACTS))
-    model = muenclave.build_model(fields, muenclave.read_state(files, facts["tensors"]), "cpu")
+    model = muenclave.build_model(fields, muenclave.read_state(files, facts["tensors"]), CPU)
     model.facts = facts
     return model
 
@@ -202,7 +203,7 @@ def facts_of(model, generation=None):
 def rebuilt(model, generation=None, **fields):
     """The engine's model of the same weights, with what a generation_config.json says."""
     config = model.config.to_dict() | fields
-    built = muenclave.build_model(config, model.state_dict(), "cpu")
+    built = muenclave.build_model(config, model.state_dict(), CPU)
     built.facts = facts_of(built, generation)
     return built
 
@@ -266,16 +267,67 @@ class Weights(unittest.TestCase):
     def test_tensors_that_are_not_the_config_s(self):
         model = tiny(tie_word_embeddings=False)
         state, fields = model.state_dict(), model.config.to_dict()
-        muenclave.build_model(fields, state, "cpu")
+        muenclave.build_model(fields, state, CPU)
         missing = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
         more = state | {"model.layers.2.mlp.up_proj.weight": torch.zeros(96, 64)}
         other = state | {"lm_head.weight": torch.zeros(128, 65)}
         for bad in (missing, more, other):
             with self.assertRaises((ValueError, RuntimeError)):
-                muenclave.build_model(fields, bad, "cpu")
+                muenclave.build_model(fields, bad, CPU)
         named = fields | {"auto_map": {"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"}}
-        built = muenclave.build_model(named, state, "cpu")  # no code is looked for
+        built = muenclave.build_model(named, state, CPU)  # no code is looked for
         self.assertIs(type(built), type(model))
+
+
+class Places(unittest.TestCase):
+    """A model is where its memory allows it, by layers, and never on a disk."""
+
+    def test_by_layers(self):
+        """What spreads a model finds a place for all of it: here the only one, the processor."""
+        model = tiny()
+        spread = self.build(model, {"cpu": 1 << 30})
+        ids = torch.tensor([[1, 2, 3, 4]])
+        with torch.no_grad():
+            self.assertTrue(torch.equal(spread(ids).logits, rebuilt(model)(ids).logits))
+        requests = [{"ids": [1, 2, 3, 4], "max_new_tokens": 8}] * 2
+        spread.facts = facts_of(spread)
+        apart, whole = (answers(decoder(one), requests) for one in (spread, rebuilt(model)))
+        self.assertEqual(apart, whole)
+
+    def test_more_than_there_is(self):
+        size = sum(tensor.nbytes for tensor in tiny().state_dict().values())
+        for room in ({}, {"cpu": size - 1}):
+            with self.assertRaises(MemoryError):
+                self.build(tiny(), room)
+
+    def test_a_map_with_a_disk_is_refused(self):
+        """Room enough for the tensors, but not for what the model has beside them."""
+        size = sum(tensor.nbytes for tensor in tiny().state_dict().values())
+        with self.assertRaisesRegex(ValueError, "offload_folder"):
+            self.build(tiny(), {"cpu": size})
+
+    def test_no_gpu(self):
+        with mock.patch.object(torch.cuda, "device_count", lambda: 0):
+            place = muenclave.find_place("auto")
+        self.assertEqual(place, {"device_map": "auto", "max_memory": {}})
+        self.assertEqual(muenclave.find_place("cuda"), {"device_map": "cuda"})
+
+    def test_each_layer_s_cache_is_where_its_keys_are(self):
+        cache = muenclave.SlotCache(2, 8)
+        cache.index = torch.tensor([[1]]), torch.tensor([[0, 1, 2]])
+        cache.view, cache.span = slice(1, 2), 3
+        for layer, device in enumerate(("cpu", "meta")):
+            keys = torch.ones(1, 4, 3, 5, device=device)
+            found = cache.update(keys, keys, layer)
+            self.assertEqual(
+                {(part.device.type, part.shape) for part in found}, {(device, keys.shape)}
+            )
+        self.assertTrue(torch.equal(cache.layers[0][0][1, :, :3], torch.ones(4, 3, 5)))
+
+    def build(self, model, room):
+        """It, spread over what has so much room."""
+        place = {"device_map": "auto", "max_memory": room}
+        return muenclave.build_model(model.config.to_dict(), model.state_dict(), place)
 
 
 class Architectures(unittest.TestCase):

@@ -30,7 +30,7 @@ from unittest import mock
 import muenclave
 import muprotocol as mp
 import muproxy
-from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, measure, own, seal
+from tests.support import FREE_RATE, ROOT, SECONDS, Enclave, make_site, measure, own, seal, until
 
 SEED = 20261125
 MUTATIONS = {"challenge": 150, "token": 150, "user": 2350, "owner": 2350, "answer": 300}  # 10,000
@@ -914,10 +914,10 @@ class WhenStopped(Case):
             with contextlib.suppress(EOFError, OSError):
                 final = finish(session)[1]
             self.assertNotIn("finish_reason", final)
-        self.assertEqual(shared.process.wait(SECONDS), 0)
-        shared.wait_for("stopped")
+        self.assertEqual(shared.process.wait(SECONDS), -signal.SIGTERM)
         for role in ("gate", "engine"):
-            self.assertFalse(pathlib.Path(f"/proc/{pids[role]}").exists(), role)
+            folder = pathlib.Path(f"/proc/{pids[role]}")
+            until(lambda folder=folder: not folder.exists(), f"the end of the {role}")
 
 
 class Rate(Case):

@@ -114,7 +114,8 @@ def span(view):
 def build(files):
     """(model, facts) of files in the arena."""
     fields, facts = (json.loads(bytes(files[name])) for name in ("config.json", "model.json"))
-    model = muenclave.build_model(fields, muenclave.read_state(files, facts["tensors"]), "cpu")
+    state, place = muenclave.read_state(files, facts["tensors"]), {"device_map": "cpu"}
+    model = muenclave.build_model(fields, state, place)
     return model, facts
 
 

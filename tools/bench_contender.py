@@ -82,8 +82,9 @@ class Ours:
         settings |= {"ENCLAVE_THREADS": threads}
         settings = muenclave.DEFAULTS | {name: str(value) for name, value in settings.items()}
         facts = weights.make_facts([], fields, generation)
-        muenclave.warm_up(fields["model_type"], settings, device)
-        model = muenclave.build_model(fields, state, device)
+        place = muenclave.find_place(device)
+        muenclave.warm_up(fields["model_type"], settings, place)
+        model = muenclave.build_model(fields, state, place)
         self.weights = weights_of(model)
         self.decoder = muenclave.Decoder(model, facts, Ids(), settings, None)
 

@@ -24,6 +24,7 @@ import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
+DRIVER = "/dev/nvidiactl"  # where there is one, there is a GPU for us
 LEVELS = ("full", "seccomp")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
 LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
@@ -61,6 +62,8 @@ def check_settings(values, source):
     for name, known in words:
         if values.get(name, known[0]) not in known:
             raise StartError(f"{name} must be one of {', '.join(known)}")
+    if not re.fullmatch("cpu|auto|cuda(:[0-9]+)?", values.get("ENCLAVE_DEVICE", "cpu")):
+        raise StartError("ENCLAVE_DEVICE must be cpu, cuda, cuda:NUMBER or auto (all GPUs)")
 
 
 def check_files(values):
@@ -85,12 +88,14 @@ def check_files(values):
                 raise StartError(f"{name}: no secret in {values[name]!r}: {error}") from None
 
 
-def check_machine(level):
-    """Refuse a machine that can't confine, or that lacks a package. Raises StartError."""
+def check_machine(level, device):
+    """Refuse a machine that can't confine, or lacks a package or a GPU. Raises StartError."""
     if platform.machine() != "x86_64":
         raise StartError("this machine has no seccomp filter for us: x86-64 is needed")
     if level == "full" and os.getuid() != 0:
         raise StartError("ENCLAVE_CONFINEMENT=full needs root, to give each process its own uid")
+    if device != "cpu" and not os.path.exists(DRIVER):
+        raise StartError(f"ENCLAVE_DEVICE={device} needs a GPU; there is no driver at {DRIVER}")
     for name in ("cryptography", "torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise StartError(f"{name} is not installed; pip install 'muenclave[inference]'")
@@ -120,7 +125,7 @@ def main(argv=None):
         values |= found | {name: value for name, value in given.items() if value is not None}
         check_settings(values, "the environment")
         values = muenclave.DEFAULTS | values
-        check_machine(values["ENCLAVE_CONFINEMENT"])
+        check_machine(values["ENCLAVE_CONFINEMENT"], values["ENCLAVE_DEVICE"])
         check_files(values)
         manifest = measure.local_manifest(sys.executable, flags["code"])
     except (StartError, measure.MeasureError) as error:

@@ -106,10 +106,10 @@ class Enclave:
             last = line
 
     def end(self):
-        """Ask it to end; a second time if its answers take long; then make it."""
+        """Ask it to end, then make it."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        for ask in (self.process.terminate, self.process.terminate, self.process.kill):
+        for ask in (self.process.terminate, self.process.kill):
             ask()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(ENDING_SECONDS)
