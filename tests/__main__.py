@@ -2,10 +2,11 @@
 
 Without names of tests it runs them all, in two processes side by side: those that wait for guests
 in their VMs, and the others. What the former say comes after what the latter say. With CI=true a
-skipped test is a failure, unless its reason is in MAY_SKIP. The last line of the output is
-`N passed, N failed, N skipped`.
+skipped test is a failure, unless its reason is in MAY_SKIP. Each part says at its end which classes
+took longest. The last line of the output is `N passed, N failed, N skipped`.
 """
 
+import collections
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 GUESTS = (
@@ -26,18 +28,29 @@ GUESTS = (
 )  # that run guests
 MAY_SKIP = ("needs a GPU", "needs vsock", "needs KVM", "needs BUILDROOT_DIR")
 MAY_SKIP += ("needs MUENCLAVE_IMAGES",)  # builds of container images that take long
+SLOWEST = 12  # classes that are named, if they took a second
 
 
 class Result(unittest.TextTestResult):
-    """Counts tests by their outcome; a test whose subtests fail is one failed test."""
+    """Counts tests by their outcome; a test whose subtests fail is one failed test.
+
+    seconds: of each class, with what it sets up.
+    """
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.started, self.failed, self.skips = set(), set(), set()
+        self.seconds, self.before = collections.Counter(), time.monotonic()
 
     def startTest(self, test):
         super().startTest(test)
         self.started.add(test.id())
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        now = time.monotonic()
+        self.seconds[test.id().rpartition(".")[0]] += now - self.before
+        self.before = now
 
     def addSkip(self, test, reason):
         if os.environ.get("CI") == "true" and reason not in MAY_SKIP:
@@ -64,6 +77,12 @@ class Result(unittest.TextTestResult):
         super().addUnexpectedSuccess(test)
         self.failed.add(whole(test))
 
+    def slowest(self):
+        """A line for each of the classes that took longest."""
+        for name, seconds in self.seconds.most_common(SLOWEST):
+            if seconds >= 1:
+                yield f"{seconds:5.0f} s {name}"
+
     def summary(self):
         """The last line of the output."""
         skips = self.skips - self.failed
@@ -80,7 +99,7 @@ class Runner(unittest.TextTestRunner):
         """Run, and end with the summary on a line of its own."""
         result = super().run(test)
         self.stream.flush()
-        print(result.summary(), flush=True)
+        print(*result.slowest(), result.summary(), sep="\n", flush=True)
         return result
 
 
