@@ -46,6 +46,7 @@ cmdline device_table.txt kernel_config.py post_fakeroot.py post_image.py sitecus
 kernel/base.fragment kernel/gpu.fragment kernel/hardening.fragment kernel/tcp.fragment
 kernel/unified.fragment kernel/vsock.fragment patches/linux/linux.hash
 patches/linux-headers/linux-headers.hash rootfs_overlay/etc/muenclave.conf
+rootfs_overlay_gpu/etc/muenclave.conf
 """
 SCRIPTS = ("kernel_config.py", "post_fakeroot.py", "post_image.py")
 # What is not in a defconfig because it is Buildroot's default, and has to stay so.
@@ -128,11 +129,16 @@ class Tree(unittest.TestCase):
 
     def test_the_gpu_only_adds(self):
         plain, gpu = (set(defconfig(name).splitlines()) for name in VARIANTS)
-        (fragments,) = plain - gpu
-        self.assertTrue(fragments.startswith("BR2_LINUX_KERNEL_CONFIG_FRAGMENT_FILES="))
+        changed = {"BR2_LINUX_KERNEL_CONFIG_FRAGMENT_FILES", "BR2_ROOTFS_OVERLAY"}
+        self.assertEqual({line.partition("=")[0] for line in plain - gpu}, changed)
         added = {line.partition("=")[0] for line in gpu - plain}
         expected = {"BR2_LINUX_KERNEL_NEEDS_HOST_OPENSSL", "BR2_PACKAGE_NVIDIA_OPEN"}
-        self.assertEqual(added, {"BR2_LINUX_KERNEL_CONFIG_FRAGMENT_FILES", *expected})
+        self.assertEqual(added, changed | expected)
+
+    def test_the_gpu_s_settings(self):
+        plain, gpu = (BOARD / name for name in ("rootfs_overlay", "rootfs_overlay_gpu"))
+        plain, gpu = (muenclave.read_config(part / "etc/muenclave.conf") for part in (plain, gpu))
+        self.assertEqual(gpu, plain | {"ENCLAVE_DEVICE": "cuda"})
 
     def test_hashes(self):
         paths = sorted(EXTERNAL.rglob("*.hash"))
