@@ -956,10 +956,10 @@ def find_place(device):
     """Where from_pretrained puts the model: on a device; for "auto", layer by layer on all GPUs,
     of whose memory a fifth is left for the cache.
     """
-    import torch
-
     if device != "auto":
         return {"device_map": device}
+    import torch
+
     room = {n: torch.cuda.mem_get_info(n)[0] * 4 // 5 for n in range(torch.cuda.device_count())}
     return {"device_map": device, "max_memory": room}
 

@@ -124,7 +124,7 @@ def run_all(flags):
             beside.kill()
         later.seek(0)
         second = later.read()
-    print(second, flush=True)
+    print(first.stdout, second, sep="\n", flush=True)
     summary = r"^(\d+) passed, (\d+) failed, (\d+) skipped$"
     counts = [re.findall(summary, text, re.MULTILINE) for text in (first.stdout, second)]
     if not all(counts):
