@@ -1059,7 +1059,7 @@ def warm_up(model_type, settings, place):
         torch.nn.functional.linear = functools.partial(multiply, linear, torch.empty(1 << 19))
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    facts = {"context": 64, "ends": [], "sampling": dict.fromkeys(mp.NEUTRAL, 2)}
+    facts = {"context": 16, "ends": [], "sampling": dict.fromkeys(mp.NEUTRAL, 2)}
     chat = {"messages": [{"role": "user", "content": "a"}], "slot": 0, "seed": 1, "temperature": 1}
     for part in [{"device_map": gpu} for gpu in place.get("max_memory", ())] or [place]:
         model = build_model(config.to_dict(), tiny.state_dict(), part)
