@@ -47,6 +47,16 @@ SAMPLES = 60  # of memory, threads and descriptors, while the load lasts
 GROWTH = {"rss": 8 << 20, "threads": 8, "descriptors": 8}
 MARGIN = 1e-4  # of each token's score before all others: beside others, rounding differs
 BUDGET = 10**9
+# What only sleeps, and prints by how many seconds it woke up too late: then the machine stood still.
+SLEEPER = """
+import time
+while True:
+    due = time.monotonic() + 0.02
+    time.sleep(0.02)
+    late = time.monotonic() - due
+    if late > 0.2:
+        print(late, flush=True)
+"""
 ACTS = {"answer": 6, "whole": 1, "cancel": 3, "hang_up": 1, "mistake": 3, "leave": 1}
 TEXT = " ".join(support.demo.corpus()[0])
 
@@ -144,6 +154,7 @@ class Soak:
         self.mistakes = list(mistakes(self.token, other))
         self.lock, self.counts, self.failures = threading.Lock(), collections.Counter(), []
         self.gaps, self.firsts, self.samples, self.until = [0.0], [], [], 0
+        self.pauses = [0.0]  # of the machine
         self.known = []  # (body, its Answer when nothing else runs)
 
     def owner(self, verb, *flags):
@@ -263,16 +274,20 @@ class Soak:
         """The load, and what the processes have while it lasts."""
         self.until = time.monotonic() + SECONDS
         clients = [Client(number, self) for number in range(CLIENTS)]
-        for client in clients:
-            client.start()
-        for number in range(1, SAMPLES + 1):
-            pause = self.until - SECONDS * (1 - number / SAMPLES) - time.monotonic()
-            time.sleep(max(0, pause))
-            if self.failures:
-                break
-            self.sample()
-        for client in clients:
-            client.join(support.SECONDS)
+        command, options = [sys.executable, "-c", SLEEPER], {"stdout": subprocess.PIPE}
+        with subprocess.Popen(command, **options, text=True) as sleeper:
+            for client in clients:
+                client.start()
+            for number in range(1, SAMPLES + 1):
+                pause = self.until - SECONDS * (1 - number / SAMPLES) - time.monotonic()
+                time.sleep(max(0, pause))
+                if self.failures:
+                    break
+                self.sample()
+            for client in clients:
+                client.join(support.SECONDS)
+            sleeper.kill()
+            self.pauses += map(float, sleeper.stdout)
         stuck = [client.number for client in clients if client.is_alive()]
         assert not stuck, f"clients {stuck} are stuck; {self.failures}"
 
@@ -281,6 +296,7 @@ class Soak:
         facts = {"tool": "soak", "version": 1, "machine": bench_shared.describe_processor()}
         facts |= {"seconds": SECONDS, "clients": CLIENTS, "slots": SLOTS}
         facts |= {"counts": dict(self.counts), "worst_gap_seconds": round(max(self.gaps), 3)}
+        facts["machine_pause_seconds"] = round(max(self.pauses), 3)
         running = statistics.mean(sample["running"] for sample in self.samples)
         firsts = {"median": statistics.median(self.firsts), "worst": max(self.firsts)}
         facts["first_seconds"] = {name: round(value, 3) for name, value in firsts.items()}
@@ -466,8 +482,9 @@ class Load(unittest.TestCase):
                 kinds = ("streams", "whole", "cancelled", "hung_up", "mistakes", "left")
                 for kind in (*kinds, *(f"mistake: {name}" for name, _, _ in soak.mistakes)):
                     self.assertGreater(soak.counts[kind], 0, kind)
-            with self.subTest("no stream stands still"):
-                self.assertLess(facts["worst_gap_seconds"], STALL)
+            with self.subTest("no stream stands still, but with the whole machine"):
+                stall = facts["worst_gap_seconds"] - facts["machine_pause_seconds"]
+                self.assertLess(stall, STALL)
             for role in soak.pids:
                 for what, most in GROWTH.items():
                     with self.subTest("nothing grows", process=role, what=what):

@@ -4,10 +4,10 @@
     python3 tools/report.py --readme [--check]
 
 The files are what `--json` of attack_surface.py, exfil_timing.py, fuzz_rpc.py, replay_audit.py and
-bench.py gave; without any, those in tools/measured, which the README is made of. The page is one
-file that loads nothing. --readme writes the README's tables anew, between their marks; --check only
-says whether they are as the files have them. Exit status: 0 if all was read and, with --check, is
-the same.
+bench.py gave, and what the soak wrote (tests/test_soak.py); without any, those in tools/measured,
+which the README is made of. The page is one file that loads nothing. --readme writes the README's
+tables anew, between their marks; --check only says whether they are as the files have them. Exit
+status: 0 if all was read and, with --check, is the same.
 """
 
 import argparse
@@ -498,6 +498,40 @@ def transport(document):
     return "Transport under the cap", "".join(parts) + table(["form", "what it is"], notes)
 
 
+def soak(document):
+    """What processes had at the beginning and at the end of a long load."""
+    return "Soak", element("p", html.escape(soak_text(document))) + table(*soak_rows(document))
+
+
+def soak_text(document):
+    """What was done, and how soon pieces of streams came."""
+    counts, first = document["counts"], document["first_seconds"]
+    text = f"{document['machine']['processor']}, {document['machine']['cpus']} CPUs: "
+    text += f"{duration(document['seconds'])} of {document['clients']} clients at "
+    text += f"{document['slots']} slots, {document['requests_running']} requests at a time. "
+    text += f"{counts['streams']:,} streams read to their end and {counts['whole']:,} answers in "
+    text += f"one piece, all as they are alone; {counts['cancelled']:,} streams left in their "
+    text += f"middle, {counts['hung_up']:,} before; {counts['mistakes']:,} mistakes. First token "
+    text += f"after {first['median']:.2f} s (median) and {first['worst']:.2f} s (worst); longest "
+    text += f"pause in a stream {document['worst_gap_seconds']:.2f} s"
+    if "machine_pause_seconds" in document:
+        text += f", of the machine itself {document['machine_pause_seconds']:.2f} s"
+    return f"{text}."
+
+
+def soak_rows(document):
+    """What each process has: medians of the first and of the last fifth of the samples."""
+    rows = []
+    for role, found in document["processes"].items():
+        cells = [role]
+        for what, unit in (("rss", 1e6), ("threads", 1), ("descriptors", 1)):
+            ends = found[what] or {}  # who is not root can't count descriptors
+            ends = [f"{ends[end] / unit:,.0f}" for end in ("first", "last") if end in ends]
+            cells.append(" → ".join(ends) or "–")
+        rows.append(cells)
+    return ["process", "memory, MB", "threads", "descriptors"], rows
+
+
 def speed(document):
     """What one of bench.py's other verbs has measured, beside its targets."""
     verb = document["verb"]
@@ -635,6 +669,7 @@ SECTIONS = {  # kind of document: what makes its part of the page
     "replay_audit measure": replay,
     "bench": boot,
     "bench meter": transport,
+    "soak": soak,
 } | {f"bench {verb}": speed for verb in SPEEDS}
 
 
@@ -761,6 +796,12 @@ def readme_transport(documents):
     return rows_of(["over the same cap", "tokens a second", "bytes a token", "ours"], rows)
 
 
+def readme_soak(documents):
+    """What the soak found, and its table."""
+    document = documents["soak"]
+    return f"{soak_text(document)}\n\n{rows_of(*soak_rows(document))}"
+
+
 def readme_speed(documents):
     """What bench.py's other verbs have measured, a table each."""
     parts = []
@@ -795,6 +836,7 @@ TABLES = {  # mark in the README: what makes the text under it
     "controls": readme_controls,
     "boot": readme_boot,
     "transport": readme_transport,
+    "soak": readme_soak,
     "speed": readme_speed,
     "targets": readme_targets,
 }
