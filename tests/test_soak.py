@@ -47,7 +47,7 @@ SAMPLES = 60  # of memory, threads and descriptors, while the load lasts
 GROWTH = {"rss": 8 << 20, "threads": 8, "descriptors": 8}
 MARGIN = 1e-4  # of each token's score before all others: beside others, rounding differs
 BUDGET = 10**9
-# What only sleeps, and prints by how many seconds it woke up too late: then the machine stood still.
+# What only sleeps, and prints how many seconds too late it woke up, as the machine did.
 SLEEPER = """
 import time
 while True:
