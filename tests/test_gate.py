@@ -899,6 +899,14 @@ class Talkative(Case):
                 self.assertLess(len(rest(stranger.link.socket)), 256 << 10)
 
 
+def is_gone(pid):
+    """Whether a process has ended, reaped or not: what has ended has no command line."""
+    try:
+        return not pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
 class WhenStopped(Case):
     """SIGTERM, for the shared enclave; whatever comes after it gets another one."""
 
@@ -916,8 +924,7 @@ class WhenStopped(Case):
             self.assertNotIn("finish_reason", final)
         self.assertEqual(shared.process.wait(SECONDS), -signal.SIGTERM)
         for role in ("gate", "engine"):
-            folder = pathlib.Path(f"/proc/{pids[role]}")
-            until(lambda folder=folder: not folder.exists(), f"the end of the {role}")
+            until(lambda pid=pids[role]: is_gone(pid), f"the end of the {role}")
 
 
 class Rate(Case):
