@@ -913,7 +913,7 @@ class WhenStopped(Case):
     def test_it_ends_at_once(self):
         """The answer that runs breaks off, and nothing claims that it was whole."""
         self.addCleanup(start)
-        with shared.ready() as session:
+        with ready().ready() as session:
             send(session, LONG)
             self.assertIsInstance(receive(session), bytes)
             pids = shared.pids()
