@@ -68,12 +68,13 @@ def read_config(path=CONFIG_FILE):
 
 UIDS = {"gate": 64001, "loader": 64002, "engine": 64003}
 # Name, number on x86-64, who may call it (gate, loader, engine; v: an engine on a GPU), and a
-# condition: argument & mask == value. clone makes threads (CLONE_THREAD), not processes; sendto
-# can't connect (MSG_FASTOPEN). ioctl makes a socket non-blocking (FIONBIO), or drives a GPU, whose
-# requests are 0x46.. and 0x00..; setsockopt sets SO_SNDTIMEO; fcntl seals and duplicates (1030,
-# F_DUPFD_CLOEXEC), and sends no signals (F_SETSIG). No new mapping of gate and loader is
-# executable; torch compiles its CPU kernels at run time, so the engine's may be. Ranks talk by
-# writev and epoll_wait, on connections that they had before.
+# condition: argument & mask == value; a call in several lines needs one of them. clone makes
+# threads (CLONE_THREAD), not processes; sendto can't connect (MSG_FASTOPEN). ioctl makes a socket
+# non-blocking (FIONBIO), or drives a GPU, whose requests are of type 0x46, or plain numbers (UVM);
+# setsockopt sets SO_SNDTIMEO; fcntl seals and duplicates (1030, F_DUPFD_CLOEXEC), and sends no
+# signals (F_SETSIG). No new mapping of gate and loader is executable; torch compiles its CPU
+# kernels at run time, so the engine's may be. Ranks talk by writev and epoll_wait, on connections
+# that they had before.
 SYSCALLS = """
 read 0 gle, write 1 gle, close 3 gle, fstat 5 gle, lseek 8 gle, munmap 11 gle, brk 12 gle,
 rt_sigaction 13 gle, rt_sigprocmask 14 gle, rt_sigreturn 15 gle, sched_yield 24 gle, mremap 25 gle,
@@ -81,10 +82,10 @@ madvise 28 gle, getpid 39 gle, recvfrom 45 gle, exit 60 gle, gettid 186 gle, fut
 sched_getaffinity 204 gle, restart_syscall 219 gle, clock_gettime 228 gle, clock_nanosleep 230 gle,
 exit_group 231 gle, set_robust_list 273 gle, getrandom 318 gle, rseq 334 gle, poll 7 ge,
 ppoll 271 ge, recvmsg 47 ge, accept4 288 g, shutdown 48 g, getsockopt 55 g, getsockname 51 g,
-pread64 17 le, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, mmap 9 gl 2 4 0,
-mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
+pread64 17 le, pwrite64 18 l, sendmsg 46 l, mmap 9 e, mprotect 10 e, writev 20 e, epoll_wait 232 e,
+mmap 9 gl 2 4 0, mprotect 10 gl 2 4 0, clone 56 gle 0 0x10000 0x10000, sendto 44 gle 3 0x20000000 0,
 ioctl 16 g 1 0xFFFFFFFF 0x5421, setsockopt 54 g 2 0xFFFFFFFF 21, fcntl 72 l 1 0xFFFFFFF0 0x400,
-fcntl 72 e 1 0xFFFFFFFF 1030, writev 20 e, epoll_wait 232 e, ioctl 16 v 1 0xB900 0
+fcntl 72 e 1 0xFFFFFFFF 1030, ioctl 16 v 1 0xFF00 0x4600, ioctl 16 v 1 0xFFFFFF00 0
 """
 AUDIT_ARCH, SECCOMP, MODE_FILTER, ALL_THREADS, CLONE3 = 0xC000003E, 317, 1, 1, 435
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -144,7 +145,7 @@ def filter_program(who):
             argument, mask, value = (int(field, 0) for field in fields[3:] or "000")
             program += [(equal, 0, 5, int(fields[1])), (load, 0, 0, 16 + 8 * argument)]
             program += [(mask_with, 0, 0, mask), (equal, 0, 1, value)]
-            program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+            program += [(give, 0, 0, allow), (load, 0, 0, 0)]
     return b"".join(struct.pack("=HBBI", *line) for line in [*program, (give, 0, 0, refuse)])
 
 
@@ -467,9 +468,10 @@ class Gate:
                 for reply in list(self.open):
                     self.chain(reply, code)
                 self.closing = self.account.close()
-                self.code, self.key, self.account = code, None, mp.Account()
                 self.enter("lease ended", self.state)
                 self.control.send(b"k")
+                # Last: as soon as it sees the code, gate_main lets go of init.
+                self.code, self.key, self.account = code, None, mp.Account()
 
     def run_engine(self):
         """Load and serve; an engine that dies is loaded afresh within the lease."""

@@ -333,12 +333,14 @@ class Filter(unittest.TestCase):
     def test_gpu(self):
         """An engine may drive a GPU where it is given one, and by the driver's requests only."""
         cpu, gpu = map(muenclave.filter_program, ("e", "ev"))
-        driver = {0x46: 0xC020462A, 0x00: 0x1B}  # allocate, by NVIDIA's driver and by its UVM
-        others = (termios.FIONBIO, termios.TIOCSTI, 0x8913, 0xC0185879)  # a socket's, a file's
-        for requests, answered in ((driver.values(), ALLOW), (others, EPERM)):
-            for request in requests:
-                self.assertEqual(answer(gpu, IOCTL, 3, request), answered, hex(request))
-                self.assertEqual(answer(cpu, IOCTL, 3, request), EPERM, hex(request))
+        for high in (0, 0xC020, 0x3000, 0x8000):  # direction and size
+            for low in range(1 << 16):  # type and number
+                request = high << 16 | low
+                is_driver_s = low >> 8 == 0x46 or request < 0x100
+                expected = ALLOW if is_driver_s else EPERM
+                self.assertEqual(answer(gpu, IOCTL, 3, request), expected, hex(request))
+        for request in (0xC020462A, 0x1B, termios.FIONBIO):
+            self.assertEqual(answer(cpu, IOCTL, 3, request), EPERM, hex(request))
         for number in set(range(1024)) - {IOCTL}:
             self.assertEqual(answer(gpu, number), answer(cpu, number), number)
 

@@ -47,7 +47,8 @@ SAMPLES = 60  # of memory, threads and descriptors, while the load lasts
 GROWTH = {"rss": 8 << 20, "threads": 8, "descriptors": 8}
 MARGIN = 1e-4  # of each token's score before all others: beside others, rounding differs
 BUDGET = 10**9
-# What only sleeps, and prints how many seconds too late it woke up, as the machine did.
+# What only sleeps, and prints how many seconds too late it woke up: whether the machine stood
+# still is told beside a stream's pause, which it does not excuse.
 SLEEPER = """
 import time
 while True:
@@ -276,20 +277,26 @@ class Soak:
         clients = [Client(number, self) for number in range(CLIENTS)]
         command, options = [sys.executable, "-c", SLEEPER], {"stdout": subprocess.PIPE}
         with subprocess.Popen(command, **options, text=True) as sleeper:
-            for client in clients:
-                client.start()
-            for number in range(1, SAMPLES + 1):
-                pause = self.until - SECONDS * (1 - number / SAMPLES) - time.monotonic()
-                time.sleep(max(0, pause))
-                if self.failures:
-                    break
-                self.sample()
-            for client in clients:
-                client.join(support.SECONDS)
-            sleeper.kill()
+            try:
+                self.load(clients)
+            finally:
+                sleeper.kill()
             self.pauses += map(float, sleeper.stdout)
         stuck = [client.number for client in clients if client.is_alive()]
         assert not stuck, f"clients {stuck} are stuck; {self.failures}"
+
+    def load(self, clients):
+        """Start the clients and wait for their end, with samples on the way."""
+        for client in clients:
+            client.start()
+        for number in range(1, SAMPLES + 1):
+            pause = self.until - SECONDS * (1 - number / SAMPLES) - time.monotonic()
+            time.sleep(max(0, pause))
+            if self.failures:
+                break
+            self.sample()
+        for client in clients:
+            client.join(support.SECONDS)
 
     def facts(self):
         """What was measured, for the file."""
@@ -482,9 +489,8 @@ class Load(unittest.TestCase):
                 kinds = ("streams", "whole", "cancelled", "hung_up", "mistakes", "left")
                 for kind in (*kinds, *(f"mistake: {name}" for name, _, _ in soak.mistakes)):
                     self.assertGreater(soak.counts[kind], 0, kind)
-            with self.subTest("no stream stands still, but with the whole machine"):
-                stall = facts["worst_gap_seconds"] - facts["machine_pause_seconds"]
-                self.assertLess(stall, STALL)
+            with self.subTest("no stream stands still", machine=facts["machine_pause_seconds"]):
+                self.assertLess(facts["worst_gap_seconds"], STALL)
             for role in soak.pids:
                 for what, most in GROWTH.items():
                     with self.subTest("nothing grows", process=role, what=what):

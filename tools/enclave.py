@@ -24,7 +24,7 @@ import muenclave  # noqa: E402
 import muprotocol as mp  # noqa: E402
 import muproxy  # noqa: E402
 
-DRIVER = "/dev/nvidiactl"  # where there is one, there is a GPU for us
+DRIVER = "/dev/nvidiactl"  # NVIDIA's driver is loaded where this is
 LEVELS = ("full", "seccomp")  # of confinement; the posture says which
 LEAST = {"ENCLAVE_RATE": 64, "ENCLAVE_BURST": 16384, "ENCLAVE_SESSIONS": 2, "ENCLAVE_SLOTS": 1}
 LEAST["ENCLAVE_CONTEXT"] = 16  # tokens: what the engine tries a model with
