@@ -823,7 +823,6 @@ def gate_main(settings, control):
     control.close()  # from now on init waits for our end, so many seconds
     while gate.sessions:
         time.sleep(PAUSE / 10)
-    return 0
 
 
 def welcome(gate, listener, rate=20, burst=40):
@@ -874,15 +873,13 @@ def loader_main(settings, gate, engine):
     try:
         vocabulary = unseal(disk, container, cipher, arena, gate)
     except (InvalidTag, KeyError):
-        gate.sendall(mp.frame(b"c"))
-        return 1
+        return gate.sendall(mp.frame(b"c"))
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
     fcntl.fcntl(arena, fcntl.F_ADD_SEALS, seals)
     gate.sendall(mp.frame(b"v" + vocabulary))
     table = mp.encode_json({"length": container.length, "files": container.files})
     for _ in range(int(settings["ENCLAVE_RANKS"])):
         socket.send_fds(engine, [table], [arena])
-    return 0
 
 
 def unseal(disk, container, cipher, arena, gate):
@@ -1056,33 +1053,38 @@ def warm_up(model_type, settings, place):
     import transformers
 
     torch.set_num_threads(int(settings["ENCLAVE_THREADS"]) or torch.get_num_threads())
-    if not torch.cpu._is_avx512_bf16_supported():
-        linear = torch.nn.functional.linear
-        torch.nn.functional.linear = functools.partial(multiply, linear, torch.empty(1 << 19))
+    if settings["ENCLAVE_DEVICE"] == "cpu":
+        spare = torch.empty(0 if torch.cpu._is_avx512_bf16_supported() else 1 << 19)
+        torch.nn.functional.linear = functools.partial(multiply, torch.nn.functional.linear, spare)
     config = transformers.CONFIG_MAPPING[model_type](**json.loads(WARM_CONFIG))
     tiny = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16)
-    facts = {"context": 16, "ends": [], "sampling": dict.fromkeys(mp.NEUTRAL, 2)}
-    chat = {"messages": [{"role": "user", "content": "a"}], "slot": 0, "seed": 1, "temperature": 1}
+    facts = {"context": 16, "ends": [], "sampling": dict.fromkeys([*mp.NEUTRAL, "temperature"], 2)}
     for part in [{"device_map": gpu} for gpu in place.get("max_memory", ())] or [place]:
         model = build_model(config.to_dict(), tiny.state_dict(), part)
         decoder = Decoder(model, facts, Prompter(json.loads(WARM_PROMPTS)), settings, None)
-        decoder.take(chat)
+        decoder.take({"messages": [{"role": "user", "content": "a"}], "slot": 0, "seed": 1})
         while decoder.streams:
             decoder.step()
 
 
 def multiply(linear, spare, values, weight, bias=None):
-    """A matrix product on a CPU without bfloat16: in float32, as much at once as a cache holds.
+    """A matrix product on a CPU; in bfloat16, for which PyTorch's own (linear) is slow.
 
-    linear: PyTorch's own. spare: memory for a part of the weight; new memory costs more than sums.
+    If the CPU has bfloat16, the weight is the first factor: oneDNN reads it as it lies, and a row's
+    sums are the same whatever rows are beside it. If not: in float32, as much at once as a cache
+    holds, in spare, which is empty otherwise; new memory costs more than the sums.
     """
     import torch
 
-    if not values.is_cpu or values.dtype != torch.bfloat16 or values.shape[:-1].numel() < 4:
+    rows = values.reshape(-1, values.shape[-1])
+    if values.dtype != torch.bfloat16 or len(rows) < min(4, len(spare)):
         return linear(values, weight, bias)
-    wide, parts = values.float(), weight.split(len(spare) // weight.shape[1])
-    parts = (spare[: part.numel()].view(part.shape).copy_(part) for part in parts)
-    product = torch.cat([linear(wide, part) for part in parts], -1).to(values.dtype)
+    if len(spare):
+        wide, parts = values.float(), weight.split(len(spare) // weight.shape[1])
+        parts = (spare[: part.numel()].view(part.shape).copy_(part) for part in parts)
+        product = torch.cat([linear(wide, part) for part in parts], -1).to(values.dtype)
+    else:  # one row is a vector
+        product = (weight @ rows.squeeze(0).t()).t().contiguous().view(*values.shape[:-1], -1)
     return product if bias is None else product + bias
 
 
@@ -1429,7 +1431,7 @@ def quantiles(device):
 
 
 def main():
-    """`python -m muenclave`; also each of its processes. Returns the exit status."""
+    """`python -m muenclave`; also each of its processes. Returns the exit status, None for 0."""
     role, *numbers = sys.argv[1:] or [""]
     if role not in ROLES:
         sys.exit("muenclave: error: settings are in the environment; tools/enclave.py takes flags")

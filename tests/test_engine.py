@@ -1489,9 +1489,9 @@ def saved(model, kind, template=CHATML):
 def products():
     """A context in which matrix products are an engine's, as its warm-up has them here."""
     linear = torch.nn.functional.linear
-    ours = functools.partial(muenclave.multiply, linear, torch.empty(1 << 19))
-    is_ours = not torch.cpu._is_avx512_bf16_supported()
-    return mock.patch.object(torch.nn.functional, "linear", ours if is_ours else linear)
+    spare = torch.empty(0 if torch.cpu._is_avx512_bf16_supported() else 1 << 19)
+    ours = functools.partial(muenclave.multiply, linear, spare)
+    return mock.patch.object(torch.nn.functional, "linear", ours)
 
 
 class Process(unittest.TestCase):

@@ -138,10 +138,14 @@ def add_engine(add):
     add("--tokens", type=vm.whole(2, 4096), default=48, help="of each answer (48)")
 
 
-def add_unseal(add):
-    """Flags of unseal."""
+def add_huge_pages(add):
+    """The flag of all that have an arena."""
     text = "as root: the arena's pages huge while it runs, as in the guest"
     add("--huge-pages", action="store_true", help=text)
+
+
+def add_unseal(add):
+    """Flags of unseal."""
     add("--weights-shape", choices=tuple(bench_model.SHAPES), default="1b", help="unsealed (1b)")
 
 
@@ -174,11 +178,11 @@ def make_parser():
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    every = (add_engine, add_unseal, add_handshake, add_meter, add_boot)
+    every = (add_engine, add_huge_pages, add_unseal, add_handshake, add_meter, add_boot)
     table = {  # verb: help, flags, rounds
-        "unseal": ("sealed weights to tensors", (add_unseal,), 5),
-        "decode": ("tokens a second of the engine alone", (add_engine,), 5),
-        "http": ("tokens a second over HTTP", (add_engine,), 5),
+        "unseal": ("sealed weights to tensors", (add_huge_pages, add_unseal), 5),
+        "decode": ("tokens a second of the engine alone", (add_engine, add_huge_pages), 5),
+        "http": ("tokens a second over HTTP", (add_engine, add_huge_pages), 5),
         "handshake": ("the time to a verified session", (add_handshake,), 5),
         "meter": ("tokens a second over the same cap, in three forms", (add_meter, add_peers), 3),
         "boot": ("image size, time to the handshake, kernel lines", (add_boot,), 3),

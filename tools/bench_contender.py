@@ -11,6 +11,8 @@ time. Runs in the project's virtual environment (muenclave, bandwidth) or the pe
 
 import importlib.metadata
 import json
+import mmap
+import os
 import pathlib
 import re
 import sys
@@ -19,6 +21,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+ALIGNMENT = 64  # bytes, of a tensor in the arena
 ROWS = 32  # streams at once, at most
 CONTEXT = 512  # tokens of a stream, at most
 READ = 1 << 30  # bytes that a measurement of the bandwidth reads
@@ -66,16 +69,11 @@ class Ours:
     packages = ("torch", "transformers")
 
     def __init__(self, folder, threads, device):
-        from safetensors.torch import load_file
-
         import muenclave
 
         sys.path.insert(0, str(ROOT / "tools"))
         import weights
 
-        state = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            state |= load_file(path)
         names = ("config.json", "generation_config.json")
         fields, generation = (json.loads((folder / name).read_text("utf-8")) for name in names)
         settings = {"ENCLAVE_SLOTS": ROWS, "ENCLAVE_CONTEXT": CONTEXT, "ENCLAVE_DEVICE": device}
@@ -84,7 +82,7 @@ class Ours:
         facts = weights.make_facts([], fields, generation)
         place = muenclave.find_place(device)
         muenclave.warm_up(fields["model_type"], settings, place)
-        model = muenclave.build_model(fields, state, place)
+        model = muenclave.build_model(fields, read_arena(folder), place)
         self.weights = weights_of(model)
         self.decoder = muenclave.Decoder(model, facts, Ids(), settings, None)
 
@@ -102,6 +100,29 @@ class Ours:
                 if kind == mp.ID:
                     clock.note(slot, value)
             decoder.out.clear()
+
+
+def read_arena(folder):
+    """The model's tensors in a file in memory, mapped as the engine maps the loader's arena."""
+    import torch
+    from safetensors.torch import load_file
+
+    state, places, end = {}, {}, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    for name, tensor in state.items():
+        places[name] = end
+        end = -(-(end + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
+    arena = os.memfd_create("arena")
+    os.ftruncate(arena, end)
+    for name, tensor in state.items():
+        os.pwrite(arena, tensor.flatten().view(torch.uint8).numpy(), places[name])
+    memory = mmap.mmap(arena, end, mmap.MAP_PRIVATE | mmap.MAP_POPULATE, mmap.PROT_READ)
+    os.close(arena)
+    for name, tensor in state.items():
+        place = {"count": tensor.numel(), "offset": places[name]}
+        state[name] = torch.frombuffer(memory, dtype=tensor.dtype, **place).view(tensor.shape)
+    return state
 
 
 class Ids:

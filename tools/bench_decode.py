@@ -173,7 +173,8 @@ def run_decode(flags, say):
     figures = {name: getattr(flags, name) for name in names}
     streams = {str(count): {} for count in flags.streams}
     agree, peak, bandwidth = {}, {}, []
-    with contextlib.ExitStack() as stack:
+    with shared.as_in_guest(flags.huge_pages), contextlib.ExitStack() as stack:
+        figures["huge_pages"] = shared.huge_pages()
         field = Field(flags, say, stack)
         field.start("muenclave", sys.executable, folder)
         field.start("bandwidth", sys.executable, folder)

@@ -157,7 +157,8 @@ def run_http(flags, say):
     streams = {str(count): {} for count in flags.streams}
     added = {str(count): {"wall": [], "cpu": []} for count in flags.streams}
     peak = {}
-    with contextlib.ExitStack() as stack:
+    with shared.as_in_guest(flags.huge_pages), contextlib.ExitStack() as stack:
+        figures["huge_pages"] = shared.huge_pages()
         run = Run(flags, say, stack)
         run.start()
         for count in flags.streams:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 SPREAD = 0.25  # (most - least) / median of a ratio's rounds, beyond which it is no figure
 BUILD = "CMAKE_ARGS=-DLLAVA_BUILD=OFF"  # of llama.cpp: its models of images are half of it
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 LEAST_ROUNDS = 3  # that a ratio takes: fewer can't disagree
 
 
@@ -134,6 +135,32 @@ def has_package(python, package):
     command = [str(python), "-c", code, name.partition("[")[0]]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip().partition("+")[0] == version
+
+
+# ---------------------------------------------------------------- huge pages
+
+
+def huge_pages():
+    """The machine's setting of huge pages for files in memory, as the arena is; None if none."""
+    with contextlib.suppress(OSError):
+        return re.search(r"\[(\w+)\]", HUGE_PAGES.read_text("ascii"))[1]
+
+
+@contextlib.contextmanager
+def as_in_guest(is_wanted):
+    """Huge pages for files in memory, as the guest's init has them. Raises ToolError."""
+    before = huge_pages()
+    if not is_wanted:
+        yield
+        return
+    try:
+        HUGE_PAGES.write_text("always")
+    except OSError as error:
+        raise ToolError(f"--huge-pages: can't write {HUGE_PAGES}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        HUGE_PAGES.write_text(before)
 
 
 # ---------------------------------------------------------------- workers

@@ -22,7 +22,6 @@ from environment import ROOT, ToolError
 
 LOADING = ROOT / "tools" / "bench_loading.py"
 MEMORY = "/dev/shm"
-HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 NEEDED = 6  # copies in memory at once: page cache, what programs read and write, ours
 PROGRAMS = {"age": "age", "gpg": "gnupg"}  # program: Debian's package
 WAYS = {
@@ -108,29 +107,6 @@ def scratch():
                 subprocess.run(end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def huge_pages():
-    """The machine's setting of huge pages for files in memory, as the arena is; None if none."""
-    with contextlib.suppress(OSError):
-        return re.search(r"\[(\w+)\]", HUGE_PAGES.read_text("ascii"))[1]
-
-
-@contextlib.contextmanager
-def as_in_guest(is_wanted):
-    """Huge pages for files in memory, as the guest's init has them. Raises ToolError."""
-    before = huge_pages()
-    if not is_wanted:
-        yield
-        return
-    try:
-        HUGE_PAGES.write_text("always")
-    except OSError as error:
-        raise ToolError(f"--huge-pages: can't write {HUGE_PAGES}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        HUGE_PAGES.write_text(before)
-
-
 def run_unseal(flags, say):
     """The figures of `unseal`, a dict. ToolError."""
     shared.need_modules("torch", "safetensors")
@@ -140,11 +116,11 @@ def run_unseal(flags, say):
     sealed = bench_model.sealed_folder(plain, sys.executable)
     cores = len(os.sched_getaffinity(0))
     with (
-        as_in_guest(flags.huge_pages),
+        shared.as_in_guest(flags.huge_pages),
         scratch() as folder,
         shared.Worker("the loader", command(plain, sealed)) as worker,
     ):
-        figures = {"huge_pages": huge_pages()}
+        figures = {"huge_pages": shared.huge_pages()}
         programs, left_out = start_programs(plain, folder, say)
         requests = {"muenclave": {"way": "muenclave"}, "plain": {"way": "plain"}}
         requests["memmove"] = {"way": "memmove", "threads": 1}
