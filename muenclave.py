@@ -1302,8 +1302,8 @@ class Decoder:
             logits = self.forward([s.row for s in streams], chunks, [s.cached for s in streams])
             for stream, chunk in zip(streams, chunks):
                 stream.cached += len(chunk)
-            done = [n for n, stream in enumerate(streams) if stream.cached == len(stream.ids)]
-            self.emit([streams[n] for n in done], logits[done])
+            done = [stream.cached == len(stream.ids) for stream in streams]
+            self.emit([*itertools.compress(streams, done)], logits if all(done) else logits[done])
 
     def forward(self, rows, chunks, starts):
         """Logits (rows, vocabulary) after each row's chunk of tokens, whose positions begin there.

@@ -278,3 +278,5 @@ def show_machine(figures):
     """Print what the figures were measured on."""
     machine = figures["machine"]
     print(f"{machine['processor']}, {machine['cpus']} CPUs, {figures['rounds']} rounds in turn")
+    if "huge_pages" in figures:
+        print(f"huge pages for files in memory: {figures['huge_pages']}")

@@ -4,7 +4,7 @@ The product's own loader, a process of its own, unseals a model that lies in the
 engine's functions make tensors of it; from the key to a byte read of every page. Its start, imports
 and warm-up, is told apart: it comes before the key. In the same rounds: memmove of the same bytes
 to fresh memory, safetensors' load_file of the plaintext, and what age and gpg take to decrypt the
-same bytes to a file in memory.
+same bytes to a file in memory; each of them right after so much memory was in use (bench_loading).
 """
 
 import contextlib
@@ -174,7 +174,6 @@ def show_unseal(figures):
     shared.show_machine(figures)
     gigabytes = figures["bytes"] / 1e9
     print(f"{gigabytes:.2f} GB in the page cache, {figures['cores']} cores, ", end="")
-    print(f"huge pages for files in memory: {figures['huge_pages']}; ", end="")
     print("seconds, GB/s: median (least to most); how many times as fast ours is")
     for name, seconds in figures["seconds"].items():
         rates = [gigabytes / value for value in seconds]
