@@ -3,7 +3,8 @@
 Without names of tests it runs them all, in two processes side by side: those that wait for guests
 in their VMs, and the others. What the former say comes after what the latter say. With CI=true a
 skipped test is a failure, unless its reason is in MAY_SKIP. Each part says at its end which classes
-took longest. The last line of the output is `N passed, N failed, N skipped`.
+took longest, and how much of the processor. The last line of the output is `N passed, N failed, N
+skipped`.
 """
 
 import collections
@@ -34,13 +35,14 @@ SLOWEST = 12  # classes that are named, if they took a second
 class Result(unittest.TextTestResult):
     """Counts tests by their outcome; a test whose subtests fail is one failed test.
 
-    seconds: of each class, with what it sets up.
+    seconds: of each class, with what it sets up; work: of the processor, with programs that ended.
     """
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.started, self.failed, self.skips = set(), set(), set()
-        self.seconds, self.before = collections.Counter(), time.monotonic()
+        self.seconds, self.work = collections.Counter(), collections.Counter()
+        self.before = time.monotonic(), processor_time()
 
     def startTest(self, test):
         super().startTest(test)
@@ -48,8 +50,9 @@ class Result(unittest.TextTestResult):
 
     def stopTest(self, test):
         super().stopTest(test)
-        now = time.monotonic()
-        self.seconds[test.id().rpartition(".")[0]] += now - self.before
+        name, now = test.id().rpartition(".")[0], (time.monotonic(), processor_time())
+        for total, then, before in zip((self.seconds, self.work), now, self.before):
+            total[name] += then - before
         self.before = now
 
     def addSkip(self, test, reason):
@@ -81,7 +84,7 @@ class Result(unittest.TextTestResult):
         """A line for each of the classes that took longest."""
         for name, seconds in self.seconds.most_common(SLOWEST):
             if seconds >= 1:
-                yield f"{seconds:5.0f} s {name}"
+                yield f"{seconds:5.0f} s, {self.work[name]:5.0f} s of a processor: {name}"
 
     def summary(self):
         """The last line of the output."""
@@ -101,6 +104,11 @@ class Runner(unittest.TextTestRunner):
         self.stream.flush()
         print(*result.slowest(), result.summary(), sep="\n", flush=True)
         return result
+
+
+def processor_time():
+    """Seconds that this process and those that it has waited for have computed."""
+    return sum(os.times()[:4])
 
 
 def whole(test):

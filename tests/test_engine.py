@@ -1330,9 +1330,9 @@ class Passes(unittest.TestCase):
 
 
 class Products(unittest.TestCase):
-    """What stands in for a matrix product where the processor has no bfloat16."""
+    """What stands in for PyTorch's matrix product on a processor, with bfloat16 and without."""
 
-    def product(self, rows, outputs, dtype, bias=None):
+    def product(self, rows, outputs, dtype, bias=None, spare=512 * 64 + 63):
         """(ours, how often PyTorch's own was asked, the exact one) of random values."""
         draw = torch.Generator().manual_seed(rows)
         values, weight = (
@@ -1346,8 +1346,8 @@ class Products(unittest.TestCase):
 
         exact = torch.nn.functional.linear(values.double(), weight.double())
         bias = None if bias is None else torch.full((outputs,), bias, dtype=dtype)
-        spare = torch.empty(512 * 64 + 63)
-        return muenclave.multiply(linear, spare, values, weight, bias), len(asked), exact
+        ours = muenclave.multiply(linear, torch.empty(spare), values, weight, bias)
+        return ours, len(asked), exact
 
     def test_rounded_once(self):
         for rows, outputs in ((4, 1), (5, 512), (8, 1300)):
@@ -1357,14 +1357,26 @@ class Products(unittest.TestCase):
             # Half a unit in the last of 8 places, and what float32 has lost before.
             self.assertLessEqual(((ours - exact).abs() / exact.abs()).max(), 2**-8 * 1.01)
 
+    def test_the_weight_first(self):
+        """Of one row too, which is a vector; the layout is what PyTorch's own has."""
+        for rows, outputs in ((1, 1), (1, 300), (2, 300), (80, 7)):
+            ours, asked, exact = self.product(rows, outputs, torch.bfloat16, spare=0)
+            self.assertEqual((asked, ours.dtype, ours.shape), (0, torch.bfloat16, exact.shape))
+            self.assertTrue(ours.is_contiguous())
+            self.assertLessEqual((ours - exact).abs().max(), exact.abs().max() * 2**-7)
+
     def test_a_bias_is_added(self):
-        plain, _, _ = self.product(4, 20, torch.bfloat16)
-        more, _, _ = self.product(4, 20, torch.bfloat16, bias=3)
-        self.assertTrue(torch.equal(more, plain + 3))
+        for spare in (0, 9999):
+            plain, _, _ = self.product(4, 20, torch.bfloat16, spare=spare)
+            more, _, _ = self.product(4, 20, torch.bfloat16, bias=3, spare=spare)
+            self.assertTrue(torch.equal(more, plain + 3))
 
     def test_all_else_is_pytorch_s(self):
         for rows, dtype in ((3, torch.bfloat16), (8, torch.float32), (8, torch.float16)):
             ours, asked, _ = self.product(rows, 700, dtype)
+            self.assertEqual((asked, ours.dtype), (1, dtype))
+        for dtype in (torch.float32, torch.float16):
+            ours, asked, _ = self.product(8, 700, dtype, spare=0)
             self.assertEqual((asked, ours.dtype), (1, dtype))
 
 
