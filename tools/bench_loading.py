@@ -4,9 +4,9 @@
     {"way": NAME, ...}                        loads in this way; {"seconds", ...}
 
 Where a way leaves tensors, a byte of each of their pages is read before the time is taken, so that
-all are in memory. What programs decrypt goes to a file in memory (/dev/shm). Before each way, memory
-for what it takes is used and freed again: a virtual machine's host takes back what lies free, and
-what it costs to have it again is no way's own.
+all are in memory. What programs decrypt goes to a file in memory (/dev/shm). Before each way, more
+memory than it takes is used and freed again: the host of a virtual machine takes back what lies
+free, and what it costs to have it again is no way's own.
 """
 
 import ctypes
