@@ -873,9 +873,9 @@ def loader_main(settings, gate, engine):
     try:
         vocabulary = unseal(disk, container, cipher, arena, gate)
     except (InvalidTag, KeyError):
-        return gate.sendall(mp.frame(b"c"))
-    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(arena, fcntl.F_ADD_SEALS, seals)
+        gate.sendall(mp.frame(b"c"))
+        return 1
+    fcntl.fcntl(arena, fcntl.F_ADD_SEALS, 0b1111)  # F_SEAL_SEAL, _SHRINK, _GROW and _WRITE
     gate.sendall(mp.frame(b"v" + vocabulary))
     table = mp.encode_json({"length": container.length, "files": container.files})
     for _ in range(int(settings["ENCLAVE_RANKS"])):
