@@ -1070,9 +1070,9 @@ def warm_up(model_type, settings, place):
 def multiply(linear, spare, values, weight, bias=None):
     """A matrix product on a CPU; in bfloat16, for which PyTorch's own (linear) is slow.
 
-    If the CPU has bfloat16, the weight is the first factor: oneDNN reads it as it lies, and a row's
-    sums are the same whatever rows are beside it. If not: in float32, as much at once as a cache
-    holds, in spare, which is empty otherwise; new memory costs more than the sums.
+    If the CPU has bfloat16, the weight is the first factor: oneDNN then reads it as it lies, and
+    does not rearrange it every time. If not: in float32, as much at once as a cache holds, in
+    spare, which is empty otherwise; new memory costs more than the sums.
     """
     import torch
 

@@ -9,6 +9,7 @@ memory than it takes is used and freed again: the host of a virtual machine take
 free, and what it costs to have it again is no way's own.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -41,7 +42,8 @@ USED = 4  # times the weights: more than a way takes
 def use_memory(size):
     """Have so many bytes of the memory that is free now be really there."""
     with mmap.mmap(-1, size) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
 
 
