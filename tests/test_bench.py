@@ -332,7 +332,9 @@ class Decode(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         names = {"shape": "tiny", "device": "cpu", "threads": 1, "prompt_tokens": 5, "tokens": 4}
-        flags = types.SimpleNamespace(**names, rounds=1, streams=[1, 3], peers="here")
+        flags = types.SimpleNamespace(
+            **names, rounds=1, huge_pages=False, streams=[1, 3], peers="here"
+        )
         cls.said = []
         ours = lambda *_: pathlib.Path(sys.executable)  # noqa: E731  it has transformers
         with mock.patch.object(shared, "peers_python", ours):
