@@ -325,7 +325,7 @@ def save(plt, chart, path):
 # Each works until `over` is set; what fails for a while is tried again, what fails for good ends
 # the run.
 
-LONG = {"temperature": 10, "seed": 1}  # all but noise: an answer's end is not in sight
+LONG = {"temperature": 10}  # all but noise, by a seed of each answer's own: some end late
 PROMPT = "The"
 FREE = 1 << 40  # bytes a second, and at once: no meter on the reader's side
 STRANGERS, OWNERS = 3, 8
