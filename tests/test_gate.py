@@ -641,6 +641,23 @@ class Closing(Case):
         self.assertEqual(lock(shared)[0]["status"], "locked")
 
 
+class Ready(unittest.TestCase):
+    """What a session is told when its weights have been loaded, or have not."""
+
+    def test_a_lease_that_ends_meanwhile_is_told_by_its_code(self):
+        gate = types.SimpleNamespace(state="lease ended", code=None, handshakes=None)
+        gate.account = mp.Account()
+
+        def ready():
+            gate.code = "no_engine"
+            return {"lease": None}
+
+        gate.ready = ready
+        with self.assertRaises(mp.ProtocolError) as caught:
+            muenclave.Session(gate, None).await_ready()
+        self.assertEqual(caught.exception.code, "no_engine")
+
+
 class Turns(unittest.TestCase):
     """A cell's time for each, in the order of asking, at ticks of one clock."""
 
@@ -1350,7 +1367,8 @@ class Records(Case):
 
     def test_truncate(self):
         for size in (4, 5, 24, 39):
-            self.assertEqual(self.check(lambda r, size=size: [r[0][:size], bytes(64)], 0), 0)
+            cut = lambda r, size=size: [r[0][:size], bytes([r[0][size] ^ 1]) * 64]  # noqa: E731
+            self.assertEqual(self.check(cut, 0), 0)
 
     def test_records_that_the_key_holder_may_not_send(self):
         """Well sealed, but of the wrong form: ids, several records, padding, no body, no end."""
