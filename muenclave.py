@@ -548,10 +548,8 @@ class Gate:
         the oldest of which must by `due` (ns), and `limit` that may still come. ProtocolError.
         """
         with self.lock:
-            if self.code:
-                raise ProtocolError(self.code)
             if self.state != "ready":
-                raise ProtocolError("engine_lost")
+                raise ProtocolError(self.code or "engine_lost")
             request = {"seed": secrets.randbits(63)} | self.account.admit(request)
             free = set(range(2 * self.limit)) - self.replies.keys()
             if not free:  # taken by cancelled answers that the engine has not ended yet
@@ -719,8 +717,9 @@ class Session:
                 told = self.gate.progress
                 self.say({"status": "loading", "progress": told})
             time.sleep(PAUSE)
-        self.check()
-        self.say(self.gate.ready())
+        ready = self.gate.ready()
+        self.check()  # after that, or a lease that ends meanwhile would look as if there were none
+        self.say(ready)
 
     def check(self):
         """Raise the code with which the session ends, as soon as its lease or its user does."""
@@ -1071,13 +1070,13 @@ def multiply(linear, spare, values, weight, bias=None):
     """A matrix product on a CPU; in bfloat16, for which PyTorch's own (linear) is slow.
 
     If the CPU has bfloat16, the weight is the first factor: oneDNN then reads it as it lies, and
-    does not rearrange it every time. If not: in float32, as much at once as a cache holds, in
-    spare, which is empty otherwise; new memory costs more than the sums.
+    does not rearrange it every time, which pays for many rows only. If not: in float32, as much at
+    once as a cache holds, in spare, which is empty otherwise; new memory costs more than the sums.
     """
     import torch
 
     rows = values.reshape(-1, values.shape[-1])
-    if values.dtype != torch.bfloat16 or len(rows) < min(4, len(spare)):
+    if values.dtype != torch.bfloat16 or not min(4, len(spare)) <= len(rows) <= 128 + len(spare):
         return linear(values, weight, bias)
     if len(spare):
         wide, parts = values.float(), weight.split(len(spare) // weight.shape[1])
@@ -1261,14 +1260,16 @@ class Decoder:
     def step(self):
         """CHUNK tokens of prompts, then one token for every stream whose prompt is in the cache.
 
-        A pass takes as many prompts as fit, filled up to the longest of them.
+        Four times as many while nobody waits for the latter. A pass takes as many prompts as fit,
+        filled up to the longest of them.
         """
         self.admit()
         active = [stream for stream in self.streams if stream.row is not None]
         running = [stream for stream in active if stream.cached + 1 == len(stream.ids)]
         prompts = [stream for stream in active if stream not in running]
         longest = itertools.accumulate((len(stream.ids) - stream.cached for stream in prompts), max)
-        fitting = sum(size * number <= CHUNK for number, size in enumerate(longest, 1))
+        room = CHUNK if running else 4 * CHUNK
+        fitting = sum(size * number <= room for number, size in enumerate(longest, 1))
         self.advance(prompts[: max(fitting, 1)])
         self.advance(sorted(running, key=lambda stream: stream.row))
 
