@@ -15,11 +15,13 @@ import os
 import pathlib
 import random
 import secrets
+import select
 import socket
 import struct
 import sys
 import tempfile
 import threading
+import time
 import types
 import unittest
 from unittest import mock
@@ -1280,6 +1282,28 @@ class Passes(unittest.TestCase):
         self.run_all(batch)
         wanted = [([0, 1, 2, 3], [5, 3, 5, 2]), ([4], [16]), ([4, 5], [16, 4]), ([4], [8])]
         self.assertEqual(found, wanted)
+
+    def test_requests_that_come_one_after_another_begin_together(self):
+        batch, (ours, theirs) = decoder(self.model, slots=3), socket.socketpair()
+        batch.gate, found = theirs, self.passes(batch)
+        requests = [{"slot": n, "seed": 0, "ids": [1, 2], "max_new_tokens": 2} for n in range(3)]
+
+        def serve():
+            with contextlib.suppress(EOFError):
+                batch.serve()
+
+        with mock.patch.object(muenclave, "PAUSE", 50 * 2), theirs, ours:  # it waits 2 s for more
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            for request in requests:
+                ours.sendall(mp.frame(json.dumps(request).encode()))
+                while select.select([theirs], [], [], 0)[0]:
+                    time.sleep(0.01)  # until it has heard this one
+            while batch.streams or not found:
+                time.sleep(0.01)
+            ours.shutdown(socket.SHUT_RDWR)
+            thread.join(support.SECONDS)
+        self.assertEqual(found[0], ([0, 1, 2], [2, 2, 2]))
 
     def test_a_long_prompt_takes_no_more_than_a_chunk_between_two_tokens(self):
         batch = decoder(self.model, slots=3)
