@@ -1070,8 +1070,9 @@ def multiply(linear, spare, values, weight, bias=None):
     """A matrix product on a CPU; in bfloat16, for which PyTorch's own (linear) is slow.
 
     If the CPU has bfloat16, the weight is the first factor: oneDNN then reads it as it lies, and
-    does not rearrange it every time, which pays for many rows only. If not: in float32, as much at
-    once as a cache holds, in spare, which is empty otherwise; new memory costs more than the sums.
+    does not rearrange it every time; that pays for more than 128 rows only. If not: in float32, for
+    any number from 4, as much at once as a cache holds, in spare, which is empty otherwise; new
+    memory costs more than the sums.
     """
     import torch
 
@@ -1223,7 +1224,8 @@ class Decoder:
     def serve(self):
         """Take messages and make tokens; EOFError or OSError end it when the gate is gone.
 
-        While nothing runs, requests that come within 10 ms of one another begin together.
+        While nothing runs, requests that come within 10 ms of one another begin together: no more
+        than the gate has slots for.
         """
         while True:
             if self.gate:

@@ -15,13 +15,11 @@ import os
 import pathlib
 import random
 import secrets
-import select
 import socket
 import struct
 import sys
 import tempfile
 import threading
-import time
 import types
 import unittest
 from unittest import mock
@@ -1284,26 +1282,26 @@ class Passes(unittest.TestCase):
         self.assertEqual(found, wanted)
 
     def test_requests_that_come_one_after_another_begin_together(self):
+        """Three, then none for as long as it waits; while they run it waits for nobody."""
         batch, (ours, theirs) = decoder(self.model, slots=3), socket.socketpair()
-        batch.gate, found = theirs, self.passes(batch)
+        batch.gate, found, waits = theirs, self.passes(batch), []
         requests = [{"slot": n, "seed": 0, "ids": [1, 2], "max_new_tokens": 2} for n in range(3)]
 
-        def serve():
-            with contextlib.suppress(EOFError):
-                batch.serve()
+        def is_readable(_, wait):
+            waits.append(wait)
+            if requests:
+                ours.sendall(mp.frame(json.dumps(requests.pop()).encode()))
+                return True
+            if waits.count(muenclave.PAUSE) > 1:  # they have ended
+                raise EOFError
+            return False
 
-        with mock.patch.object(muenclave, "PAUSE", 50 * 2), theirs, ours:  # it waits 2 s for more
-            thread = threading.Thread(target=serve, daemon=True)
-            thread.start()
-            for request in requests:
-                ours.sendall(mp.frame(json.dumps(request).encode()))
-                while select.select([theirs], [], [], 0)[0]:
-                    time.sleep(0.01)  # until it has heard this one
-            while batch.streams or not found:
-                time.sleep(0.01)
-            ours.shutdown(socket.SHUT_RDWR)
-            thread.join(support.SECONDS)
-        self.assertEqual(found[0], ([0, 1, 2], [2, 2, 2]))
+        with ours, theirs, mock.patch.object(muenclave, "is_readable", is_readable):
+            with self.assertRaises(EOFError):
+                batch.serve()
+        more = muenclave.PAUSE / 50
+        self.assertEqual(waits, [muenclave.PAUSE, more, more, more, 0, muenclave.PAUSE])
+        self.assertEqual(found, [([0, 1, 2], [2, 2, 2]), ([0, 1, 2], [1, 1, 1])])
 
     def test_a_long_prompt_takes_no_more_than_a_chunk_between_two_tokens(self):
         batch = decoder(self.model, slots=3)
